@@ -1,0 +1,48 @@
+// How the output [m, n] of a matrix product is cut into the tiles that threads share: blocks of rows
+// outermost, 16 columns at a time inside.
+//
+//              columns 0..15   16..31   ...
+//   rows 0..63   tile 0        tile 1   ...      a thread works on consecutive tiles, so it prepares
+//   rows 64..    ...                             the rows of a block once and streams the weights
+//
+// A block holds 64 rows, fewer if those would not stay in the L2 cache. The cut changes no result.
+#pragma once
+
+#include <cstdint>
+
+namespace fq::cpu {
+namespace {
+
+constexpr int64_t kTileColumns = 16;
+constexpr int64_t kMostTileRows = 64;
+constexpr int64_t kLeastTileRows = 4;
+constexpr int64_t kBlockBytes = int64_t{1} << 20;  // of prepared rows
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Tile {
+  int64_t row, rows, column;
+  int columns;  // 1..16
+};
+
+struct Tiling {
+  int64_t m, n, block_rows, across;
+
+  // row_bytes: what a kernel keeps of one row of the left operand.
+  Tiling(int64_t m_, int64_t n_, int64_t row_bytes) : m(m_), n(n_), across(ceil_div(n_, kTileColumns)) {
+    const int64_t fit = kBlockBytes / (row_bytes > 0 ? row_bytes : 1);
+    block_rows = fit > kMostTileRows ? kMostTileRows : fit < kLeastTileRows ? kLeastTileRows : fit;
+  }
+
+  int64_t count() const { return ceil_div(m, block_rows) * across; }
+
+  Tile at(int64_t index) const {
+    const int64_t row = index / across * block_rows, column = index % across * kTileColumns;
+    const int64_t rows = m - row < block_rows ? m - row : block_rows;
+    const int64_t columns = n - column < kTileColumns ? n - column : kTileColumns;
+    return {row, rows, column, static_cast<int>(columns)};
+  }
+};
+
+}  // namespace
+}  // namespace fq::cpu

@@ -1,0 +1,442 @@
+// See args.h.
+#include "args.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <cmath>
+
+#include "checks.h"
+
+namespace fq::binding {
+namespace {
+
+struct Rows {
+  std::vector<int64_t> lead;  // the leading dimensions
+  int64_t count, k;
+};
+
+Rows rows_of(const Checks& check, const char* name, const Tensor& t, int64_t least_columns = 1) {
+  check.require(t.dim() >= 1, name, " has no dimension: it must have at least one");
+  std::vector<int64_t> lead = shape_of(t);
+  const int64_t k = lead.back();
+  check.require(k >= least_columns, name, " has ", k, " columns: it must have at least ",
+                least_columns);
+  lead.pop_back();
+  int64_t count = 1;
+  for (int64_t size : lead) count *= size;
+  return {std::move(lead), count, k};
+}
+
+std::vector<int64_t> with(std::vector<int64_t> lead, int64_t last) {
+  lead.push_back(last);
+  return lead;
+}
+
+Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
+  return torch::stable::new_empty(like, shape, type);
+}
+
+const float* clip_of(const Checks& check, const MaybeTensor& clip) {
+  if (!clip) return nullptr;
+  return static_cast<const float*>(check.input("clip", *clip, ScalarType::Float, {2}));
+}
+
+Grid grid_of(const Checks& check, int64_t bits, bool symmetric, bool narrow) {
+  check.require(symmetric || !narrow, "narrow is set: it needs symmetric");
+  return {check.bits("bits", bits), symmetric, narrow};
+}
+
+// Allocates codes, scale and zero and points args at them.
+template <class Args>
+Quantized outputs_for(Args& args, const Tensor& x, const Rows& rows) {
+  const int32_t bits = args.grid.bits;
+  const bool symmetric = args.grid.symmetric;
+  const ScalarType type = bits > 4 && symmetric ? ScalarType::Char : ScalarType::Byte;
+  Tensor codes = empty(x, with(rows.lead, activation_bytes(rows.k, bits)), type);
+  Tensor scale = empty(x, rows.lead, ScalarType::Float);
+  Tensor zero = empty(x, symmetric ? std::vector<int64_t>{0} : rows.lead, ScalarType::Int);
+  args.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
+  args.scale = static_cast<float*>(scale.mutable_data_ptr());
+  args.zero = symmetric ? nullptr : static_cast<int32_t*>(zero.mutable_data_ptr());
+  return {codes, scale, zero};
+}
+
+int64_t factor_size(const Checks& check, const char* name, const Tensor& factor) {
+  check.dense(name, factor);
+  check.require(factor.dim() == 2 && factor.size(0) == factor.size(1) && factor.size(0) > 0, name,
+                " has shape ", text(shape_of(factor)), ": it must be square");
+  return factor.size(0);
+}
+
+const void* factor_of(const Checks& check, const char* name, const MaybeTensor& factor,
+                      ScalarType narrower, Dtype* dtype, std::vector<Tensor>& kept) {
+  if (!factor) return nullptr;
+  kept.push_back(check.any_floating(name, *factor, narrower));
+  *dtype = check.floating(name, kept.back());
+  return kept.back().const_data_ptr();
+}
+
+Transform transform_of(const Checks& check, const Tensor& x, int64_t k, const MaybeTensor& left,
+                       const MaybeTensor& right, const MaybeTensor& channel_scale,
+                       std::vector<Tensor>& kept) {
+  Transform t{};
+  if (channel_scale)
+    t.channel_scale = static_cast<const float*>(
+        check.input("channel_scale", *channel_scale, ScalarType::Float, {k}));
+  const int64_t left_size = left ? factor_size(check, "left", *left) : 0;
+  const int64_t right_size = right ? factor_size(check, "right", *right) : 0;
+  t.n1 = left ? left_size : right ? k / right_size : 1;
+  t.n2 = right ? right_size : k / t.n1;
+  check.require(t.n1 * t.n2 == k, "x has ", k, " columns, left and right are ", t.n1, " and ", t.n2,
+                ": their product must equal it");
+  t.left = factor_of(check, "left", left, x.scalar_type(), &t.left_dtype, kept);
+  t.right = factor_of(check, "right", right, x.scalar_type(), &t.right_dtype, kept);
+  return t;
+}
+
+int64_t transform_work(const Transform& t, int64_t k) {
+  return k * (1 + (t.left ? t.n1 : 0) / 8 + (t.right ? t.n2 : 0) / 8);
+}
+
+struct Bias {
+  const void* data = nullptr;
+  Dtype dtype = Dtype::kFloat32;
+};
+
+Bias bias_of(const Checks& check, const MaybeTensor& bias, int64_t n, std::vector<Tensor>& kept) {
+  if (!bias) return {};
+  check.dense("bias", *bias);
+  check.shape("bias", *bias, {n});
+  kept.push_back(check.any_floating("bias", *bias, ScalarType::Float));
+  return {kept.back().const_data_ptr(), check.floating("bias", kept.back())};
+}
+
+// What the integer GEMMs share: everything but the shape of a and w.
+Prepared<GemmInteger, Tensor> integer_gemm(const Checks& check, const Tensor& a, const Rows& rows,
+                                           int64_t k, const Tensor& a_scale,
+                                           const MaybeTensor& a_zero, const Tensor& w,
+                                           const Tensor& w_scale, const MaybeTensor& w_colsum,
+                                           const MaybeTensor& bias, const MaybeTensor& residual,
+                                           ScalarType out_dtype) {
+  check.require(k <= kMaxGemmK, "a has ", k, " columns: int32 sums allow at most ", kMaxGemmK);
+  check.require(a_zero.has_value() == w_colsum.has_value(), "a_zero is ",
+                a_zero ? "given" : "missing", ", w_colsum is ", w_colsum ? "given" : "missing",
+                ": they must be given together");
+  const int64_t n = w.size(0);
+  Prepared<GemmInteger, Tensor> p{};
+  GemmInteger& args = p.args;
+  args.out_dtype = check.floating("out_dtype", out_dtype);
+  args.a = static_cast<const uint8_t*>(a.const_data_ptr());
+  args.w = static_cast<const uint8_t*>(w.const_data_ptr());
+  args.a_scale =
+      static_cast<const float*>(check.input("a_scale", a_scale, ScalarType::Float, rows.lead));
+  args.w_scale = static_cast<const float*>(check.input("w_scale", w_scale, ScalarType::Float, {n}));
+  if (a_zero) {
+    args.a_zero =
+        static_cast<const int32_t*>(check.input("a_zero", *a_zero, ScalarType::Int, rows.lead));
+    args.w_colsum =
+        static_cast<const int32_t*>(check.input("w_colsum", *w_colsum, ScalarType::Int, {n}));
+  }
+  const Bias b = bias_of(check, bias, n, p.kept);
+  args.bias = b.data;
+  args.bias_dtype = b.dtype;
+  if (residual) args.residual = check.input("residual", *residual, out_dtype, with(rows.lead, n));
+  p.out = empty(a, with(rows.lead, n), out_dtype);
+  args.out = p.out.mutable_data_ptr();
+  args.m = rows.count;
+  args.n = n;
+  args.k = k;
+  p.units = rows.count == 0 ? 0 : n;
+  p.work = 1 + rows.count * k / 32;
+  return p;
+}
+
+struct CacheSide {
+  const uint8_t* codes;
+  const float* scale;
+  const uint8_t* zero;
+};
+
+CacheSide cache_side(const Checks& check, const std::string& prefix, const Tensor& codes,
+                     const Tensor& scale, const Tensor& zero, int64_t batch, int64_t kv_heads,
+                     int64_t capacity, int64_t head_dim, int32_t bits) {
+  const int64_t bytes = packed_bytes(head_dim, bits);
+  const std::string codes_name = prefix + "codes", scale_name = prefix + "scale";
+  const std::string zero_name = prefix + "zero";
+  return {static_cast<const uint8_t*>(check.input(codes_name.c_str(), codes, ScalarType::Byte,
+                                                  {batch, kv_heads, capacity, bytes})),
+          static_cast<const float*>(check.input(scale_name.c_str(), scale, ScalarType::Float,
+                                                {batch, kv_heads, capacity})),
+          static_cast<const uint8_t*>(
+              check.input(zero_name.c_str(), zero, ScalarType::Byte, {batch, kv_heads, capacity}))};
+}
+
+int64_t length_of(const Checks& check, int64_t length, int64_t capacity) {
+  check.require(0 <= length && length <= capacity, "length is ", length, ": it must be 0..",
+                capacity, ", the capacity of the cache");
+  return length;
+}
+
+}  // namespace
+
+Prepared<QuantizeActivation, Quantized> quantize_activation(Tensor x, MaybeTensor clip,
+                                                            int64_t bits, bool symmetric,
+                                                            bool narrow) {
+  const Checks check("quantize_activation", "x", x);
+  const Rows rows = rows_of(check, "x", x);
+  Prepared<QuantizeActivation, Quantized> p{};
+  p.args.x = x.const_data_ptr();
+  p.args.dtype = check.floating("x", x);
+  p.args.clip = clip_of(check, clip);
+  p.args.grid = grid_of(check, bits, symmetric, narrow);
+  p.args.rows = p.units = rows.count;
+  p.args.k = rows.k;
+  p.out = outputs_for(p.args, x, rows);
+  p.work = 1 + rows.k / 4;
+  return p;
+}
+
+Prepared<Kronecker, Tensor> kronecker(Tensor x, MaybeTensor left, MaybeTensor right,
+                                      MaybeTensor channel_scale, ScalarType out_dtype) {
+  const Checks check("kronecker", "x", x);
+  const Rows rows = rows_of(check, "x", x);
+  Prepared<Kronecker, Tensor> p{};
+  p.args.x = x.const_data_ptr();
+  p.args.dtype = check.floating("x", x);
+  p.args.out_dtype = check.floating("out_dtype", out_dtype);
+  p.args.transform = transform_of(check, x, rows.k, left, right, channel_scale, p.kept);
+  p.args.rows = p.units = rows.count;
+  p.args.k = rows.k;
+  p.out = empty(x, shape_of(x), out_dtype);
+  p.args.out = p.out.mutable_data_ptr();
+  p.work = transform_work(p.args.transform, rows.k);
+  return p;
+}
+
+Prepared<KroneckerQuantize, Quantized> kronecker_quantize(
+    Tensor x, MaybeTensor gate, MaybeTensor channel_scale, std::optional<double> rms_eps,
+    MaybeTensor left, MaybeTensor right, MaybeTensor clip, int64_t bits, bool symmetric,
+    bool narrow) {
+  const Checks check("kronecker_quantize", "x", x);
+  const Rows rows = rows_of(check, "x", x);
+  Prepared<KroneckerQuantize, Quantized> p{};
+  p.args.x = x.const_data_ptr();
+  p.args.dtype = check.floating("x", x);
+  if (gate) p.args.gate = check.input("gate", *gate, x.scalar_type(), shape_of(x));
+  check.require(!rms_eps || (std::isfinite(*rms_eps) && *rms_eps >= 0), "rms_eps is ",
+                rms_eps.value_or(0), ": it must be finite and not negative");
+  p.args.rms = rms_eps.has_value();
+  p.args.rms_eps = static_cast<float>(rms_eps.value_or(0));
+  p.args.clip = clip_of(check, clip);
+  p.args.grid = grid_of(check, bits, symmetric, narrow);
+  p.args.transform = transform_of(check, x, rows.k, left, right, channel_scale, p.kept);
+  p.args.rows = p.units = rows.count;
+  p.args.k = rows.k;
+  p.out = outputs_for(p.args, x, rows);
+  p.work = transform_work(p.args.transform, rows.k) + rows.k / 4;
+  return p;
+}
+
+Prepared<Hadamard, Tensor> hadamard(Tensor x, MaybeTensor base, double scale) {
+  const Checks check("hadamard", "x", x);
+  const Rows rows = rows_of(check, "x", x);
+  Prepared<Hadamard, Tensor> p{};
+  p.args.x = x.const_data_ptr();
+  p.args.dtype = check.floating("x", x);
+  p.args.n = rows.k;
+  p.args.m = base ? factor_size(check, "base", *base) : 1;
+  p.args.power = rows.k / p.args.m;
+  check.require(p.args.m * p.args.power == rows.k && (p.args.power & (p.args.power - 1)) == 0,
+                "x has ", rows.k, " columns, base is ", p.args.m,
+                ": their quotient must be a power of two");
+  p.args.base = factor_of(check, "base", base, ScalarType::Float, &p.args.base_dtype, p.kept);
+  p.args.scale = static_cast<float>(scale);
+  p.args.rows = p.units = rows.count;
+  p.out = empty(x, shape_of(x), x.scalar_type());
+  p.args.out = p.out.mutable_data_ptr();
+  p.work = rows.k * (1 + p.args.m / 8);
+  return p;
+}
+
+Prepared<GemmInteger, Tensor> gemm_w4a4(Tensor a, Tensor a_scale, MaybeTensor a_zero, Tensor w,
+                                        Tensor w_scale, MaybeTensor w_colsum, MaybeTensor bias,
+                                        MaybeTensor residual, ScalarType out_dtype) {
+  const Checks check("gemm_w4a4", "a", a);
+  const Rows rows = rows_of(check, "a", a);
+  check.dtype("a", a, ScalarType::Byte);
+  check.input("w", w, ScalarType::Byte, {kAny, kAny});
+  check.require(w.size(1) == rows.k, "a has ", rows.k, " packed columns, w has ", w.size(1),
+                ": they must be equal");
+  return integer_gemm(check, a, rows, 2 * rows.k, a_scale, a_zero, w, w_scale, w_colsum, bias,
+                      residual, out_dtype);
+}
+
+Prepared<GemmInteger, Tensor> gemm_w4a8(Tensor a, Tensor a_scale, MaybeTensor a_zero, Tensor w,
+                                        Tensor w_scale, MaybeTensor w_colsum, MaybeTensor bias,
+                                        MaybeTensor residual, ScalarType out_dtype) {
+  const Checks check("gemm_w4a8", "a", a);
+  const Rows rows = rows_of(check, "a", a);
+  const ScalarType wanted = a_zero ? ScalarType::Byte : ScalarType::Char;
+  check.require(a.scalar_type() == wanted, "a has dtype ", name_of(a.scalar_type()), ", a_zero is ",
+                a_zero ? "given" : "missing", ": a must be ", name_of(wanted));
+  check.input("w", w, ScalarType::Byte, {kAny, kAny});
+  check.require(w.size(1) == nibble_bytes(rows.k), "a has ", rows.k, " columns, w has ", w.size(1),
+                " packed columns: w must have half as many, rounded up");
+  return integer_gemm(check, a, rows, rows.k, a_scale, a_zero, w, w_scale, w_colsum, bias, residual,
+                      out_dtype);
+}
+
+Prepared<GemmW4A16, Tensor> gemm_w4a16(Tensor x, Tensor w, Tensor w_scale, MaybeTensor bias,
+                                       int64_t bits) {
+  const Checks check("gemm_w4a16", "x", x);
+  const Rows rows = rows_of(check, "x", x);
+  Prepared<GemmW4A16, Tensor> p{};
+  GemmW4A16& args = p.args;
+  args.x = x.const_data_ptr();
+  args.dtype = check.floating("x", x);
+  args.bits = check.bits("bits", bits, 2, 4);
+  const int64_t bytes = packed_bytes(rows.k, args.bits);
+  args.w = static_cast<const uint8_t*>(check.input("w", w, ScalarType::Byte, {kAny, bytes}));
+  args.n = w.size(0);
+  args.w_scale = static_cast<const float*>(
+      check.input("w_scale", w_scale, ScalarType::Float, {args.n, kAny}));
+  args.groups = w_scale.size(1);
+  check.require(args.groups > 0 && rows.k % args.groups == 0, "x has ", rows.k,
+                " columns, w_scale has ", args.groups, " groups: they must divide them");
+  const Bias b = bias_of(check, bias, args.n, p.kept);
+  args.bias = b.data;
+  args.bias_dtype = b.dtype;
+  args.m = rows.count;
+  args.k = rows.k;
+  p.out = empty(x, with(rows.lead, args.n), x.scalar_type());
+  args.out = p.out.mutable_data_ptr();
+  p.units = rows.count == 0 ? 0 : args.n;
+  p.work = 1 + rows.count * rows.k / 8;
+  return p;
+}
+
+Prepared<KvQuantizeAppend, Nothing> kv_quantize_append(Tensor x, MaybeTensor transform,
+                                                       MaybeTensor clip, int64_t bits, Tensor codes,
+                                                       Tensor scale, Tensor zero, int64_t start) {
+  const Checks check("kv_quantize_append", "x", x);
+  check.shape("x", x, {kAny, kAny, kAny, kAny});
+  Prepared<KvQuantizeAppend, Nothing> p{};
+  KvQuantizeAppend& args = p.args;
+  args.x = x.const_data_ptr();
+  args.dtype = check.floating("x", x);
+  args.bits = check.bits("bits", bits);
+  args.t = x.size(2);
+  args.head_dim = x.size(3);
+  check.require(args.head_dim > 0, "x has 0 columns: it must have at least 1");
+  check.shape("codes", codes, {kAny, kAny, kAny, kAny});
+  args.capacity = codes.size(2);
+  cache_side(check, "", codes, scale, zero, x.size(0), x.size(1), args.capacity, args.head_dim,
+             args.bits);
+  check.require(start >= 0 && start + args.t <= args.capacity, "positions ", start, "..",
+                start + args.t, " do not fit: the capacity is ", args.capacity);
+  if (transform) {
+    check.dense("transform", *transform);
+    check.shape("transform", *transform, {args.head_dim, args.head_dim});
+  }
+  args.transform = factor_of(check, "transform", transform, x.scalar_type(), &args.transform_dtype,
+                             p.kept);
+  args.clip = clip_of(check, clip);
+  args.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
+  args.scale = static_cast<float*>(scale.mutable_data_ptr());
+  args.zero = static_cast<uint8_t*>(zero.mutable_data_ptr());
+  args.batch_heads = x.size(0) * x.size(1);
+  args.start = start;
+  p.units = args.batch_heads * args.t;
+  p.work = args.head_dim * (1 + (transform ? args.head_dim / 8 : 0));
+  return p;
+}
+
+Prepared<KvDequantize, Tensor> kv_dequantize(Tensor codes, Tensor scale, Tensor zero, int64_t bits,
+                                             int64_t head_dim, int64_t length,
+                                             ScalarType out_dtype) {
+  const Checks check("kv_dequantize", "codes", codes);
+  check.shape("codes", codes, {kAny, kAny, kAny, kAny});
+  Prepared<KvDequantize, Tensor> p{};
+  KvDequantize& args = p.args;
+  args.bits = check.bits("bits", bits);
+  check.require(head_dim > 0, "head_dim is ", head_dim, ": it must be at least 1");
+  args.head_dim = head_dim;
+  args.capacity = codes.size(2);
+  args.length = length_of(check, length, args.capacity);
+  const CacheSide side = cache_side(check, "", codes, scale, zero, codes.size(0), codes.size(1),
+                                    args.capacity, head_dim, args.bits);
+  args.codes = side.codes;
+  args.scale = side.scale;
+  args.zero = side.zero;
+  args.batch_heads = codes.size(0) * codes.size(1);
+  args.out_dtype = check.floating("out_dtype", out_dtype);
+  p.out = empty(codes, {codes.size(0), codes.size(1), length, head_dim}, out_dtype);
+  args.out = p.out.mutable_data_ptr();
+  p.units = args.batch_heads * length;
+  p.work = 1 + head_dim / 4;
+  return p;
+}
+
+Prepared<AttentionDecode, Tensor> attention_decode(Tensor q, Tensor k_codes, Tensor k_scale,
+                                                   Tensor k_zero, Tensor v_codes, Tensor v_scale,
+                                                   Tensor v_zero, MaybeTensor mask, int64_t k_bits,
+                                                   int64_t v_bits, int64_t length, double scaling) {
+  const Checks check("attention_decode", "q", q);
+  check.shape("q", q, {kAny, kAny, kAny, kAny});
+  check.shape("k_codes", k_codes, {q.size(0), kAny, kAny, kAny});
+  Prepared<AttentionDecode, Tensor> p{};
+  AttentionDecode& args = p.args;
+  args.q = q.const_data_ptr();
+  args.dtype = check.floating("q", q);
+  args.batch = q.size(0);
+  args.heads = q.size(1);
+  args.tq = q.size(2);
+  args.head_dim = q.size(3);
+  check.require(args.head_dim > 0, "q has 0 columns: it must have at least 1");
+  args.kv_heads = k_codes.size(1);
+  args.capacity = k_codes.size(2);
+  check.require(args.kv_heads > 0 && args.heads % args.kv_heads == 0, "q has ", args.heads,
+                " heads, the cache ", args.kv_heads, ": no multiple");
+  args.k_bits = check.bits("k_bits", k_bits);
+  args.v_bits = check.bits("v_bits", v_bits);
+  args.length = length_of(check, length, args.capacity);
+  const CacheSide k = cache_side(check, "k_", k_codes, k_scale, k_zero, args.batch, args.kv_heads,
+                                 args.capacity, args.head_dim, args.k_bits);
+  const CacheSide v = cache_side(check, "v_", v_codes, v_scale, v_zero, args.batch, args.kv_heads,
+                                 args.capacity, args.head_dim, args.v_bits);
+  args.k_codes = k.codes;
+  args.k_scale = k.scale;
+  args.k_zero = k.zero;
+  args.v_codes = v.codes;
+  args.v_scale = v.scale;
+  args.v_zero = v.zero;
+  check.require(std::isfinite(scaling), "scaling is ", scaling, ": it must be finite");
+  args.scaling = static_cast<float>(scaling);
+  if (mask) {
+    check.on_device("mask", *mask);
+    const std::vector<int64_t> full = {args.batch, args.heads, args.tq, length};
+    const int64_t missing = 4 - mask->dim();
+    bool fits = missing >= 0;
+    for (int64_t i = 0; fits && i < mask->dim(); ++i) {
+      const int64_t size = mask->size(i);
+      fits = size == 1 || size == full[i + missing];
+      args.mask_strides[i + missing] = size == 1 ? 0 : mask->stride(i);
+    }
+    check.require(fits, "mask has shape ", text(shape_of(*mask)),
+                  ": it must broadcast to ", text(full));
+    const bool logical = mask->scalar_type() == ScalarType::Bool;
+    args.mask_kind = logical ? Mask::kBool : Mask::kAdditive;
+    p.kept.push_back(logical ? *mask : check.any_floating("mask", *mask, ScalarType::Float));
+    if (!logical) args.mask_dtype = check.floating("mask", p.kept.back());
+    args.mask = p.kept.back().const_data_ptr();
+    for (int64_t i = 0; i < mask->dim(); ++i)  // a conversion may have changed the strides
+      args.mask_strides[i + missing] = mask->size(i) == 1 ? 0 : p.kept.back().stride(i);
+  }
+  p.out = empty(q, shape_of(q), q.scalar_type());
+  args.out = p.out.mutable_data_ptr();
+  p.units = args.tq == 0 ? 0 : args.batch * args.kv_heads;
+  p.work = 1 + args.heads / args.kv_heads * args.tq * length * args.head_dim / 4;
+  return p;
+}
+
+}  // namespace fq::binding

@@ -1,0 +1,53 @@
+// The CUDA kernels as torch ops: one line per op, on the current stream of the tensors' device.
+// Compiled wherever the kernels are, with a CPU-only torch too: nothing here needs libcuda or
+// libtorch_cuda to load.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "args.h"
+
+// Exported by libtorch_cuda only; null under a CPU-only torch.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+
+namespace fq::binding {
+namespace {
+
+void* current_stream(int32_t device) {
+  void* stream = nullptr;
+  if (aoti_torch_get_current_cuda_stream == nullptr ||
+      aoti_torch_get_current_cuda_stream(device, &stream) != AOTI_TORCH_SUCCESS)
+    throw std::runtime_error("flatquant_cuda: this torch gives no CUDA stream");
+  return stream;
+}
+
+template <auto kPrepare, auto kLaunch, class Signature = decltype(kPrepare)>
+struct Run;
+
+template <auto kPrepare, auto kLaunch, class Args, class Out, class... Inputs>
+struct Run<kPrepare, kLaunch, Prepared<Args, Out> (*)(Tensor, Inputs...)> {
+  using Result = std::conditional_t<std::is_same_v<Out, Nothing>, void, Out>;
+
+  static Result call(Tensor first, Inputs... rest) {
+    const int32_t device = first.get_device_index();
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    Prepared<Args, Out> prepared = kPrepare(first, rest...);
+    if (prepared.units > 0) {
+      const int error = kLaunch(prepared.args, current_stream(device));
+      if (error != 0)
+        throw std::runtime_error(std::string("flatquant_cuda: CUDA error: ") +
+                                 cuda::error_string(error));
+    }
+    if constexpr (!std::is_same_v<Out, Nothing>) return std::move(prepared.out);
+  }
+};
+
+}  // namespace
+}  // namespace fq::binding
+
+#define FQ_CUDA_OP(op) \
+  m.impl(#op, TORCH_BOX((&fq::binding::Run<fq::binding::op, fq::cuda::op>::call)))
+
+STABLE_TORCH_LIBRARY_IMPL(flatquant_cuda, CUDA, m) { FQ_CUDA_OP(quantize_activation); }

@@ -1,0 +1,33 @@
+// The schema of every op, once. No defaults: flatquant_cuda/ops.py states those.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(flatquant_cuda, m) {
+  m.def(
+      "quantize_activation(Tensor x, Tensor? clip, int bits, bool symmetric, bool narrow)"
+      " -> (Tensor codes, Tensor scale, Tensor zero)");
+  m.def(
+      "kronecker(Tensor x, Tensor? left, Tensor? right, Tensor? channel_scale,"
+      " ScalarType out_dtype) -> Tensor");
+  m.def(
+      "kronecker_quantize(Tensor x, Tensor? gate, Tensor? channel_scale, float? rms_eps,"
+      " Tensor? left, Tensor? right, Tensor? clip, int bits, bool symmetric, bool narrow)"
+      " -> (Tensor codes, Tensor scale, Tensor zero)");
+  m.def("hadamard(Tensor x, Tensor? base, float scale) -> Tensor");
+  m.def(
+      "gemm_w4a4(Tensor a, Tensor a_scale, Tensor? a_zero, Tensor w, Tensor w_scale,"
+      " Tensor? w_colsum, Tensor? bias, Tensor? residual, ScalarType out_dtype) -> Tensor");
+  m.def(
+      "gemm_w4a8(Tensor a, Tensor a_scale, Tensor? a_zero, Tensor w, Tensor w_scale,"
+      " Tensor? w_colsum, Tensor? bias, Tensor? residual, ScalarType out_dtype) -> Tensor");
+  m.def("gemm_w4a16(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, int bits) -> Tensor");
+  m.def(
+      "kv_quantize_append(Tensor x, Tensor? transform, Tensor? clip, int bits, Tensor(a!) codes,"
+      " Tensor(b!) scale, Tensor(c!) zero, int start) -> ()");
+  m.def(
+      "kv_dequantize(Tensor codes, Tensor scale, Tensor zero, int bits, int head_dim, int length,"
+      " ScalarType out_dtype) -> Tensor");
+  m.def(
+      "attention_decode(Tensor q, Tensor k_codes, Tensor k_scale, Tensor k_zero, Tensor v_codes,"
+      " Tensor v_scale, Tensor v_zero, Tensor? mask, int k_bits, int v_bits, int length,"
+      " float scaling) -> Tensor");
+}

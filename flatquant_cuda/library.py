@@ -1,0 +1,120 @@
+"""The native op library: loading it, and knowing which op it answers on which device."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+OPS = (
+    "quantize_activation",
+    "kronecker",
+    "kronecker_quantize",
+    "hadamard",
+    "gemm_w4a4",
+    "gemm_w4a8",
+    "gemm_w4a16",
+    "kv_quantize_append",
+    "kv_dequantize",
+    "attention_decode",
+)
+ISAS = ("portable", "avx2", "avx512")
+
+_HERE = Path(__file__).parent
+_KEYS = {"cpu": "CPU", "cuda": "CUDA", "meta": "Meta"}
+
+
+def _load() -> str | None:
+    """Load the op library; returns why that failed, or None."""
+    found = sorted(_HERE.glob("_ops*.so"))
+    if not found:
+        return "it was not built (no _ops*.so beside flatquant_cuda/__init__.py)"
+    try:
+        torch.ops.load_library(str(found[0]))  # type: ignore[no-untyped-call]
+    except (OSError, RuntimeError) as error:
+        return f"{found[0].name} does not load: {error}"
+    return None
+
+
+_failure = _load()
+loaded = _failure is None
+_native: frozenset[tuple[str, str]] = frozenset()  # (op, device type) pairs with a kernel
+_warned = False
+
+
+def find_kernels() -> None:
+    """Ask the dispatcher which ops have kernels; ops.py calls it once its fakes are registered."""
+    global _native
+    if loaded:
+        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+        _native = frozenset(
+            (op, device)
+            for op in OPS
+            for device, key in _KEYS.items()
+            if has_kernel(f"flatquant_cuda::{op}", key)
+        )
+
+
+def backend(op_name: str, device: str = "cpu") -> str:
+    """Say what answers ``op_name`` on ``device``: ``"native"`` or ``"reference"``.
+
+    Raises ValueError for an unknown op.
+    """
+    if op_name not in OPS:
+        raise ValueError(f"backend: op_name is {op_name!r}: it must be one of {', '.join(OPS)}")
+    return "native" if (op_name, device.split(":")[0]) in _native else "reference"
+
+
+def is_native(op_name: str, x: torch.Tensor) -> bool:
+    """Whether a kernel answers ``op_name`` on ``x``'s device; warns once if nothing is loaded."""
+    global _warned
+    if not loaded and not _warned and not torch.compiler.is_compiling():
+        _warned = True
+        warnings.warn(
+            f"flatquant_cuda answers from its slow PyTorch reference: {_failure}. "
+            "Run `python -m flatquant_cuda` for details.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return (op_name, x.device.type) in _native
+
+
+def build_info() -> dict[str, Any]:
+    """Describe this installation as JSON data: build facts, versions, ISA, ops per device."""
+    facts_file = _HERE / "_build.json"
+    facts: dict[str, Any] = {}
+    if facts_file.exists():
+        facts = json.loads(facts_file.read_text(encoding="utf-8"))
+    devices = []
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(i)
+            devices.append(f"{torch.cuda.get_device_name(i)} (sm_{major}{minor})")
+    return {
+        "library": "loaded" if loaded else f"not loaded: {_failure}",
+        "build": facts,
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpu_isa": _cpu_isa(),
+        "ops": {d: {op: backend(op, d) for op in OPS} for d in ("cpu", "cuda")},
+        "cuda_devices": devices,
+    }
+
+
+def _cpu_isa() -> str:
+    wanted = os.environ.get("FLATQUANT_CPU_ISA")
+    note = "" if wanted in (None, *ISAS) else f" (FLATQUANT_CPU_ISA={wanted} is unknown: ignored)"
+    if not loaded:
+        return "none: the library is not loaded"
+    try:
+        from . import _native  # type: ignore[attr-defined]
+    except ImportError as error:
+        return f"unknown: {error}"
+    return str(_native.cpu_isa()) + note

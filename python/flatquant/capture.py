@@ -1,0 +1,187 @@
+"""Run calibration text through a model block by block and record what a method asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flatquant.models.spec import FamilySpec
+
+
+def check_tokens(tokens: Tensor | None, vocabulary: int, needed_by: str) -> Tensor:
+    """Calibration tokens, or a ValueError that says what is wrong with them."""
+    if tokens is None:
+        raise ValueError(f"{needed_by} needs calibration text: pass token ids [samples, seqlen]")
+    if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.dtype != torch.int64:
+        kind = (
+            f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens)
+        )
+        raise ValueError(f"calibration: expected int64 token ids [samples, seqlen], got {kind}")
+    samples, length = tokens.shape
+    if samples < 1 or length < 2:
+        raise ValueError(
+            f"calibration: {samples} samples of {length} tokens; at least 1 sample of 2 is needed"
+        )
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocabulary:
+        raise ValueError(
+            f"calibration: token ids span {low}..{high}, the vocabulary is 0..{vocabulary - 1}"
+        )
+    return tokens
+
+
+def random_crops(token_ids: Tensor, samples: int, length: int, seed: int = 0) -> Tensor:
+    """[samples, length] random crops of one long token stream.
+
+    Raises:
+        ValueError: the stream is shorter than one crop.
+    """
+    stream = token_ids.reshape(-1)
+    if stream.numel() < length + 1:
+        raise ValueError(
+            f"calibration text has {stream.numel()} tokens, one sample needs {length + 1}"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, stream.numel() - length, (samples,), generator=generator)
+    return torch.stack([stream[s : s + length] for s in starts.tolist()])
+
+
+class _Recorder(nn.Module):
+    """Stands where the decoder blocks were, and keeps what the first one would have seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden: list[Tensor] = []
+        self.kwargs: dict[str, Any] = {}
+
+    def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
+        self.hidden.append(hidden.detach())
+        self.kwargs = kwargs
+        return hidden
+
+    def __getattr__(self, name: str) -> Any:
+        # some models read `attention_type` of a layer to choose its mask
+        if name == "attention_type":
+            return "full_attention"
+        return super().__getattr__(name)
+
+
+@dataclass(frozen=True)
+class BlockRunner:
+    """Calls a decoder block the way its model does."""
+
+    kwargs: Mapping[str, Any]
+
+    def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """hidden: [batch, tokens, hidden] -> same."""
+        out = block(hidden, **self.kwargs)
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
+
+
+@torch.no_grad()
+def first_block_inputs(
+    model: nn.Module, family: FamilySpec, tokens: Tensor, batch_size: int
+) -> tuple[Tensor, BlockRunner]:
+    """Hidden states in front of the first block, at least float32 [samples, tokens, hidden], and a runner.
+
+    The blocks are taken out for the moment, so only the embedding and the rotary tables run.
+    """
+    parent_name, _, child = family.blocks.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    blocks = getattr(parent, child)
+    recorder = _Recorder()
+    decoder = model.get_submodule(family.decoder)
+    device = next(model.parameters()).device
+    setattr(parent, child, nn.ModuleList([recorder]))
+    try:
+        for part in tokens.split(batch_size):
+            decoder(input_ids=part.to(device), use_cache=False)
+    finally:
+        setattr(parent, child, blocks)
+    kwargs = {key: _one_row(value) for key, value in recorder.kwargs.items()}
+    kwargs["past_key_values"] = None
+    hidden = torch.cat(recorder.hidden)
+    return hidden.to(torch.promote_types(hidden.dtype, torch.float32)), BlockRunner(kwargs)
+
+
+def _one_row(value: Any) -> Any:
+    """A batched tensor cut to one row, which broadcasts over any batch; all samples are alike."""
+    if isinstance(value, Tensor):
+        value = value[:1] if value.dim() > 1 else value
+        if not value.is_floating_point():
+            return value
+        return value.to(torch.promote_types(value.dtype, torch.float32))
+    if isinstance(value, tuple):
+        return tuple(_one_row(item) for item in value)
+    return value
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """Extrema and power of the inputs of a linear, per channel, float32."""
+
+    largest: Tensor
+    mean_square: Tensor
+
+
+@contextmanager
+def watching(
+    root: nn.Module, names: Mapping[str, Callable[[Tensor], None]]
+) -> Iterator[None]:
+    """Call a function with every input that the named modules receive."""
+    handles = []
+    for name, function in names.items():
+
+        def hook(module: nn.Module, args: tuple[Any, ...], see: Any = function) -> None:
+            see(args[0])
+
+        handles.append(root.get_submodule(name).register_forward_pre_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class StatisticsCollector:
+    """Accumulates `InputStatistics` over batches."""
+
+    def __init__(self) -> None:
+        self._largest: Tensor | None = None
+        self._square: Tensor | None = None
+        self._count = 0
+
+    def __call__(self, x: Tensor) -> None:
+        """x: [..., channels]."""
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        largest, square = rows.abs().amax(0), rows.square().sum(0)
+        self._largest = largest if self._largest is None else torch.maximum(self._largest, largest)
+        self._square = square if self._square is None else self._square + square
+        self._count += rows.shape[0]
+
+    def result(self) -> InputStatistics:
+        """What was seen."""
+        if self._largest is None or self._square is None:
+            raise RuntimeError("no input was seen")
+        return InputStatistics(self._largest, self._square / self._count)
+
+
+class HessianCollector:
+    """Accumulates H = Σ xᵀx of the inputs of a linear, float64 [channels, channels]."""
+
+    def __init__(self) -> None:
+        self.hessian: Tensor | None = None
+        self.count = 0
+
+    def __call__(self, x: Tensor) -> None:
+        """x: [..., channels]."""
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        part = (rows.t() @ rows).double()
+        self.hessian = part if self.hessian is None else self.hessian + part
+        self.count += rows.shape[0]

@@ -1,0 +1,260 @@
+"""The console script ``flatquant``: each command is a dataclass, its options are the fields.
+
+argparse stops here; nothing below sees a namespace. A wrong value ends in one line that names it
+and the rule, and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import types
+import typing
+from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from flatquant.demo import Demo
+
+
+class Command(Protocol):
+    """A dataclass whose fields are the options and whose ``run`` returns the exit code."""
+
+    def run(self) -> int:
+        """Do it."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize:
+    """Quantize a model folder and save the result as another."""
+
+    model: Path = field(metadata={"help": "checkpoint folder, or a .gguf file"})
+    output: Path = field(metadata={"help": "folder for the quantized model", "option": True})
+    method: str = field(default="flatquant", metadata={"help": "name of a recipe"})
+    scheme: str = field(
+        default="W4A4KV4", metadata={"help": "bit widths, e.g. W4A8KV4, W3A16-g128"}
+    )
+    calibration: Path | None = field(default=None, metadata={"help": "text file to calibrate on"})
+    samples: int = field(default=128, metadata={"help": "random crops of the calibration text"})
+    seqlen: int = field(default=2048, metadata={"help": "tokens in a crop"})
+    epochs: int | None = field(default=None, metadata={"help": "default: the recipe's"})
+    seed: int = field(default=0, metadata={"help": "of the crops and the transforms"})
+    weights: str | None = field(
+        default=None, metadata={"help": "weight quantizer: rtn or gptq; default: the recipe's"}
+    )
+    ignore: tuple[str, ...] = field(
+        default=("lm_head",),
+        metadata={"help": "linears to leave alone; re:... is a regular expression"},
+    )
+    work_dir: Path | None = field(
+        default=None, metadata={"help": "keep every calibrated block here, for --resume"}
+    )
+    resume: bool = field(default=False, metadata={"help": "go on from the blocks in --work-dir"})
+    dtype: str = field(default="auto", metadata={"help": "float32, bfloat16 or auto"})
+
+    def run(self) -> int:
+        """Calibrate, replace the linears, save, and print the report."""
+        import flatquant
+        from flatquant.methods import resolve
+        from flatquant.text import tokenize_file
+
+        _check_output(self.output, self.model)
+        recipe = resolve(self.method, self.scheme)
+        needs_data = recipe.needs_data or self.weights not in (None, "rtn")
+        if needs_data and self.calibration is None:
+            raise ValueError(
+                f"method {self.method!r} with weights {self.weights or recipe.weights!r} needs "
+                "data: --calibration must name a text file"
+            )
+        model, tokenizer = _load(self.model, self.dtype)
+        samples = None
+        if needs_data and self.calibration is not None:
+            ids = tokenize_file(tokenizer, self.calibration)
+            samples = flatquant.random_crops(ids, self.samples, self.seqlen, self.seed)
+        flatquant.quantize(
+            model,
+            recipe,
+            self.scheme,
+            samples,
+            epochs=self.epochs,
+            weights=self.weights,
+            seed=self.seed,
+            ignore=self.ignore,
+            work_dir=self.work_dir,
+            resume=self.resume,
+        )
+        model.save_pretrained(self.output)
+        tokenizer.save_pretrained(self.output)
+        print(flatquant.report(model))
+        print(f"saved to {self.output}")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Perplexity of a model folder, quantized or not, on a text file."""
+
+    model: Path = field(metadata={"help": "checkpoint folder, or a .gguf file"})
+    text: Path = field(metadata={"help": "UTF-8 text file"})
+    window: int = field(default=2048, metadata={"help": "tokens in a window"})
+    max_windows: int | None = field(default=None, metadata={"help": "score only the first windows"})
+    batch_size: int = field(default=1, metadata={"help": "windows in one forward pass"})
+    dtype: str = field(default="auto", metadata={"help": "float32, bfloat16 or auto"})
+
+    def run(self) -> int:
+        """Print the perplexity."""
+        from flatquant.evaluate import perplexity
+        from flatquant.text import tokenize_file
+
+        model, tokenizer = _load(self.model, self.dtype)
+        ids = tokenize_file(tokenizer, self.text)
+        value = perplexity(model, ids, self.window, self.max_windows, self.batch_size)
+        print(f"perplexity {value:.4f}")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Continue a prompt with a model folder, quantized or not."""
+
+    model: Path = field(metadata={"help": "checkpoint folder, or a .gguf file"})
+    prompt: str = field(metadata={"help": "the text to continue", "option": True})
+    max_new_tokens: int = field(default=64, metadata={"help": "tokens to generate at most"})
+    chat: bool = field(default=False, metadata={"help": "use the tokenizer's chat template"})
+    dtype: str = field(default="auto", metadata={"help": "float32, bfloat16 or auto"})
+
+    def run(self) -> int:
+        """Print the generated text."""
+        from flatquant.evaluate import generate_text
+
+        model, tokenizer = _load(self.model, self.dtype)
+        text = generate_text(
+            model, tokenizer, self.prompt, max_new_tokens=self.max_new_tokens, chat=self.chat
+        )
+        print(text)
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """Which kernels are built, for what, and why others are not."""
+
+    json: bool = field(default=False, metadata={"help": "as JSON"})
+
+    def run(self) -> int:
+        """Print the build information."""
+        import flatquant_cuda
+
+        info = flatquant_cuda.build_info()
+        if self.json:
+            print(json.dumps(info, indent=2, default=str))
+        else:
+            for key, value in info.items():
+                print(f"{key}: {value}")
+        return 0
+
+
+COMMANDS: dict[str, type[Command]] = {
+    "quantize": Quantize,
+    "eval": Evaluate,
+    "generate": Generate,
+    "kernels": Kernels,
+    "demo": Demo,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: the words after ``flatquant``; None takes them from the process.
+
+    Returns:
+        The exit code: 0, 2 after bad input, or what the command says.
+    """
+    parser = argparse.ArgumentParser(prog="flatquant", description="4-bit language models.")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        text = (command.__doc__ or "").splitlines()[0]
+        sub = commands.add_parser(name, help=text, description=text)
+        types_of = typing.get_type_hints(command)
+        for entry in fields(command):  # type: ignore[arg-type]
+            _add_option(sub, entry, types_of[entry.name])
+    values = vars(parser.parse_args(arguments))
+    name, traceback = values.pop("command"), values.pop("traceback")
+    try:
+        return COMMANDS[name](**values).run()
+    except (ValueError, OSError, ImportError, RuntimeError, ArithmeticError, LookupError) as error:
+        if traceback:
+            raise
+        print(f"flatquant {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+class _Tuple(argparse.Action):
+    """Keeps several words as the tuple that the field wants."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, tuple(values))
+
+
+def _add_option(parser: argparse.ArgumentParser, entry: Field[Any], hint: Any) -> None:
+    """One field as an option; a field without a default is positional, or required."""
+    options: dict[str, Any] = {"help": entry.metadata.get("help", "").replace("%", "%%")}
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    if typing.get_origin(hint) is tuple:
+        options.update(nargs="*", type=typing.get_args(hint)[0], action=_Tuple)
+    elif hint is bool:
+        options["action"] = "store_true"
+    else:
+        options["type"] = hint
+    flag = "--" + entry.name.replace("_", "-")
+    if entry.default is MISSING:
+        if not entry.metadata.get("option"):
+            parser.add_argument(entry.name, **options)
+            return
+        options["required"] = True
+    else:
+        options["default"] = entry.default
+        shown = " ".join(entry.default) if isinstance(entry.default, tuple) else entry.default
+        if shown not in (None, False):
+            options["help"] += f" (default: {shown})"
+    parser.add_argument(flag, **options)
+
+
+def _load(path: Path, dtype: str) -> tuple[Any, Any]:
+    """Model and tokenizer of a checkpoint folder (quantized or not) or a GGUF file."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import flatquant  # noqa: F401  (registers the quantized checkpoint format)
+    from flatquant.integrations.gguf import load_gguf
+
+    known: dict[str, Any] = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype not in known:
+        raise ValueError(f"dtype is {dtype!r}: it must be one of {', '.join(known)}")
+    if path.suffix == ".gguf":
+        return load_gguf(path, torch.float32 if dtype == "auto" else known[dtype])
+    if not (path / "config.json").is_file():
+        raise ValueError(f"model is {str(path)!r}: it must be a folder with a config.json")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=known[dtype])
+    return model.eval(), AutoTokenizer.from_pretrained(path)
+
+
+def _check_output(output: Path, model: Path) -> None:
+    """Fail before hours of calibration, not after."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output is {str(output)!r}: it must be a folder, not a file")
+    if output.resolve() == model.resolve():
+        raise ValueError(f"output is {str(output)!r}: it must not be the model's own folder")

@@ -1,0 +1,1 @@
+"""Where flatquant meets other libraries; nothing else in the package knows about them."""

@@ -1,0 +1,14 @@
+"""Qwen2 (bias on q, k, v) and Qwen3 (q/k-norm): wired like Llama at every site.
+
+The bias of v_proj goes through P_v with the weight; q- and k-norm act before RoPE, and P_h
+acts after it, so neither needs an entry of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from flatquant.models.llama import LLAMA
+
+QWEN2 = replace(LLAMA, name="qwen2")
+QWEN3 = replace(LLAMA, name="qwen3")

@@ -1,0 +1,388 @@
+"""The whole story: text in, calibrated blocks out; then surgery."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Generator, Tensor, nn
+from tqdm.auto import tqdm
+
+from flatquant.checkpoint import attach
+from flatquant.capture import (
+    BlockRunner,
+    HessianCollector,
+    InputStatistics,
+    StatisticsCollector,
+    check_tokens,
+    first_block_inputs,
+    watching,
+)
+from flatquant.fit.block import FitLog, fit_block, forward_fit
+from flatquant.fit.modules import BlockFit, FitContext
+from flatquant.fit.precision import amp_pays
+from flatquant.merge import HessianOf, merge_block
+from flatquant.methods import resolve
+from flatquant.models import FamilySpec, Site, family_of
+from flatquant.models.spec import check_weights
+from flatquant.plan import FORMAT_VERSION, QuantizationPlan
+from flatquant.recipe import Recipe
+from flatquant.result import CalibrationResult, block_file
+from flatquant.runtime.attention import register
+from flatquant.runtime.cache import ATTENTION
+from flatquant.scheme import Scheme
+from flatquant.surgery import block_names
+from flatquant.weights import WEIGHT_QUANTIZERS
+
+
+def calibrate(
+    model: nn.Module,
+    method: str | Recipe = "flatquant",
+    scheme: str | Scheme = "W4A4KV4",
+    calibration: Tensor | None = None,
+    *,
+    epochs: int | None = None,
+    weights: str | None = None,
+    seed: int = 0,
+    ignore: tuple[str, ...] = ("lm_head",),
+    work_dir: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> CalibrationResult:
+    """Fit a method to a model, block by block; the model itself is not changed.
+
+    Every block is fitted to its own floating-point output on the floating-point output of the
+    block before it (FlatQuant, section 3.2), merged in float64 and rounded. Memory beyond the
+    model: one block in float32, and the hidden states of the calibration text twice.
+
+    Args:
+        model: a Hugging Face causal LM of a known family, on any device, any float dtype.
+        method: name in `METHODS`, or a `Recipe`.
+        scheme: what to quantize, e.g. "W4A4KV4".
+        calibration: token ids int64 [samples, seqlen]; methods without data take None.
+        epochs: overrides the recipe's.
+        weights: overrides the recipe's weight quantizer ("rtn", "gptq").
+        seed: of transforms' start values.
+        ignore: linears to leave alone, by full name, or "re:pattern".
+        work_dir: folder that keeps every finished block.
+        resume: continue from the blocks in `work_dir`; the result is bit-identical to an
+            uninterrupted run on the same machine, thread count and library versions.
+        progress: show a bar with the time left.
+
+    Raises:
+        ValueError: unknown family, method or scheme; unusable calibration text; weights that
+            are not finite; a work_dir of another run.
+        FitDivergedError: the fit produced NaN or met a singular matrix.
+    """
+    recipe = _overridden(resolve(method, scheme), epochs, weights)
+    family = family_of(model.config)
+    names = block_names(model, family)
+    for name in names:
+        check_weights(model.get_submodule(name), family, name)
+    plan = QuantizationPlan(
+        scheme=recipe.scheme,
+        sites=frozenset(recipe.transforms),
+        ignore=tuple(ignore),
+        method=recipe.method,
+    )
+    device = next(model.parameters()).device
+    context = FitContext(
+        recipe=recipe,
+        plan=plan,
+        family=family,
+        geometry=family.geometry(model.config),
+        amp=amp_pays(recipe.fit.amp, device),
+    )
+    wide = torch.promote_types(model.dtype, torch.float32)
+    with _attention(model):
+        run, hidden = None, None
+        if recipe.needs_data:
+            vocabulary = model.get_input_embeddings().weight.shape[0]
+            tokens = check_tokens(calibration, vocabulary, f"method {recipe.method!r}")
+            hidden, run = first_block_inputs(model, family, tokens, recipe.fit.batch_size)
+        store = _Store(work_dir, resume, _fingerprint(model, recipe, plan, seed, calibration))
+        results: list[Mapping[str, Tensor]] = []
+        log: list[Mapping[str, Any]] = []
+        with _bar(len(names), recipe, progress) as bar:
+            for index, name in enumerate(names):
+                block = copy.deepcopy(model.get_submodule(name)).to(wide)
+                block.requires_grad_(False)
+                targets = None if hidden is None or run is None else _targets(run, block, hidden)
+                done = store.load(index)
+                if done is None:
+                    generator = Generator().manual_seed(seed * 1_000_003 + index)
+                    fit = BlockFit(block, name, context, generator).to(device)
+                    tensors, entry = _block(block, fit, run, hidden, targets, model.dtype, bar)
+                    store.save(index, tensors, entry)
+                else:
+                    tensors, entry = done
+                    bar.update(max(recipe.fit.epochs, 1))
+                results.append({key: value.cpu() for key, value in tensors.items()})
+                log.append(entry)
+                hidden = targets
+    return CalibrationResult(plan=plan, blocks=tuple(results), log=tuple(log))
+
+
+def _block(
+    block: nn.Module,
+    fit: BlockFit,
+    run: BlockRunner | None,
+    hidden: Tensor | None,
+    targets: Tensor | None,
+    dtype: torch.dtype,
+    bar: Any,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Fit and merge one block."""
+    recipe = fit.context.recipe
+    if run is None or hidden is None or targets is None:
+        bar.update(1)
+        return merge_block(fit, dtype=dtype, hessian_of=None), {"block": fit.name}
+    if recipe.scales:
+        fit.start_scales(_statistics(block, fit, run, hidden))
+
+    def on_epoch(epoch: int, error: float) -> None:
+        bar.set_postfix_str(f"{fit.name} mse {error:.3g}", refresh=False)
+        bar.update(1)
+
+    log = fit_block(block, fit, run, hidden, targets, recipe.fit, on_epoch)
+    hessian_of = None
+    if WEIGHT_QUANTIZERS[recipe.weights].needs_hessian:
+        hessian_of = _hessians(block, fit, run, hidden)
+    tensors = merge_block(fit, dtype=dtype, hessian_of=hessian_of)
+    return tensors, {"block": fit.name, **_json(log)}
+
+
+def _json(log: FitLog) -> dict[str, float | None]:
+    values = {"start": log.start, "end": log.end, "seconds": log.seconds}
+    return {key: value if value == value else None for key, value in values.items()}
+
+
+@torch.no_grad()
+def _targets(run: BlockRunner, block: nn.Module, hidden: Tensor) -> Tensor:
+    """FP output of the block, one sample at a time so that it does not depend on batching."""
+    return torch.cat([run(block, part) for part in hidden.split(1)])
+
+
+@torch.no_grad()
+def _statistics(
+    block: nn.Module, fit: BlockFit, run: BlockRunner, hidden: Tensor
+) -> dict[Site, InputStatistics]:
+    """Statistics of the FP inputs of every site that has a scale."""
+    family = fit.context.family
+    collectors = {site: StatisticsCollector() for site in fit.context.recipe.scales}
+    watched = {family.group(site).linears[0]: see for site, see in collectors.items()}
+    with watching(block, watched):
+        for part in hidden.split(1):
+            run(block, part)
+    return {site: collector.result() for site, collector in collectors.items()}
+
+
+def _hessians(block: nn.Module, fit: BlockFit, run: BlockRunner, hidden: Tensor) -> HessianOf:
+    """Hessians in the order of the forward pass: earlier groups are already rounded."""
+    family = fit.context.family
+    cache: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def hessian_of(name: str) -> Tensor:
+        group = next(g for g in family.groups if name in g.linears)
+        if group.site.value not in cache:
+            collector = HessianCollector()
+            linear = fit.linears[group.linears[0]]
+            shared = linear.group
+
+            def see(x: Tensor) -> None:
+                x = x.to(linear.weight.dtype)
+                collector(shared.activation(x) if linear.online else x)
+
+            with _watching_fit(block, group.linears[0], fit, see):
+                for part in hidden.split(fit.context.recipe.fit.batch_size):
+                    forward_fit(block, fit, run, part, family.attention)
+            if collector.hessian is None:
+                raise RuntimeError(f"{name}: no input was seen")
+            cache[group.site.value] = collector.hessian
+        return cache[group.site.value]
+
+    return hessian_of
+
+
+@contextmanager
+def _watching_fit(block: nn.Module, name: str, fit: BlockFit, see: Any) -> Iterator[None]:
+    """Watch the stand-in of a linear, which is only in place during the forward pass."""
+    del block
+    root = nn.Module()
+    root.add_module("linear", fit.linears[name])
+    with watching(root, {"linear": see}):
+        yield
+
+
+def _overridden(recipe: Recipe, epochs: int | None, weights: str | None) -> Recipe:
+    if epochs is not None:
+        recipe = replace(recipe, fit=replace(recipe.fit, epochs=epochs))
+    if weights is not None:
+        if weights not in WEIGHT_QUANTIZERS:
+            raise ValueError(f"weights={weights!r} is unknown; known: {list(WEIGHT_QUANTIZERS)}")
+        recipe = replace(recipe, weights=weights)
+    return recipe
+
+
+@contextmanager
+def _attention(model: nn.Module) -> Iterator[None]:
+    """Our attention function, which knows `kv_fit`, for the time of the calibration."""
+    register()
+    before = model.config._attn_implementation
+    model.set_attn_implementation(ATTENTION)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextmanager
+def _bar(blocks: int, recipe: Recipe, progress: bool) -> Iterator[Any]:
+    per_block = max(recipe.fit.epochs, 1) if recipe.needs_data else 1
+    with tqdm(
+        total=blocks * per_block,
+        desc=f"{recipe.method} {recipe.scheme}",
+        unit="epoch",
+        disable=not progress or not recipe.needs_data,
+        smoothing=0.05,
+    ) as bar:
+        yield bar
+
+
+def _fingerprint(
+    model: nn.Module,
+    recipe: Recipe,
+    plan: QuantizationPlan,
+    seed: int,
+    calibration: Tensor | None,
+) -> dict[str, Any]:
+    """What must be the same for finished blocks to be reused."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(str((parameter.dtype, tuple(parameter.shape))).encode())
+        sample = parameter.detach().flatten()[:: max(parameter.numel() // 1024, 1)]
+        digest.update(sample.float().cpu().numpy().tobytes())
+    tokens = b"" if calibration is None else calibration.cpu().numpy().tobytes()
+    settings = {**vars(recipe), "transforms": dict(recipe.transforms), "scales": dict(recipe.scales)}
+    return {
+        "format_version": FORMAT_VERSION,
+        "plan": plan.to_dict(),
+        "recipe": {key: str(value) for key, value in settings.items()},
+        "seed": seed,
+        "model": digest.hexdigest(),
+        "calibration": hashlib.sha256(tokens).hexdigest(),
+    }
+
+
+class _Store:
+    """Finished blocks on disk: run.json says of which run, one safetensors file a block."""
+
+    def __init__(
+        self, work_dir: str | Path | None, resume: bool, fingerprint: dict[str, Any]
+    ) -> None:
+        self.folder = None if work_dir is None else Path(work_dir)
+        self.resume = resume
+        if self.folder is None:
+            if resume:
+                raise ValueError("resume=True needs work_dir, the folder of the interrupted run")
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        header = self.folder / "run.json"
+        if header.exists():
+            before = json.loads(header.read_text())
+            changed = [key for key in fingerprint if before.get(key) != fingerprint[key]]
+            if resume and changed:
+                raise ValueError(
+                    f"{self.folder} belongs to another run: {', '.join(changed)} differ; "
+                    "use the same arguments, or another work_dir"
+                )
+            if not resume and any(self.folder.glob("block-*.safetensors")):
+                raise ValueError(
+                    f"{self.folder} holds finished blocks of a run; pass resume=True to continue "
+                    "it, or another work_dir"
+                )
+        header.write_text(json.dumps(fingerprint, indent=1))
+
+    def load(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The finished block, or None."""
+        if self.folder is None or not self.resume:
+            return None
+        file = self.folder / block_file(index)
+        log = file.with_suffix(".json")
+        if not (file.exists() and log.exists()):
+            return None
+        try:
+            return load_file(file), json.loads(log.read_text())
+        except Exception as error:
+            warnings.warn(f"{file.name} is unreadable ({error}); fitting it again", stacklevel=2)
+            return None
+
+    def save(self, index: int, tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> None:
+        """Write a block so that a kill leaves either all of it or nothing."""
+        if self.folder is None:
+            return
+        file = self.folder / block_file(index)
+        partial = file.with_suffix(".partial")
+        save_file({key: value.cpu() for key, value in tensors.items()}, partial)
+        partial.replace(file)
+        log = file.with_suffix(".json")
+        log.with_suffix(".json-partial").write_text(json.dumps(dict(entry)))
+        log.with_suffix(".json-partial").replace(log)
+
+
+DATA_FREE = {"identity": "rtn", "hadamard": "hadamard", "random": "random"}
+"""Transforms that `replace_linear` can make without calibration text -> method."""
+
+
+def replace_linear(
+    model: nn.Module,
+    scheme: str | Scheme = "W4A4",
+    *,
+    transform: str | CalibrationResult = "hadamard",
+    ignore: tuple[str, ...] = ("lm_head",),
+    seed: int = 0,
+) -> nn.Module:
+    """Replace the decoder's linears by integer ones, in place; returns the model.
+
+    Args:
+        model: a Hugging Face causal LM of a known family.
+        scheme: what to quantize; ignored in favour of the result's own where one is given.
+        transform: "identity", "hadamard" or "random" (orthogonal) for round-to-nearest without
+            calibration text, or the `CalibrationResult` to install.
+        ignore: linears to leave alone, by full name, or "re:pattern".
+        seed: of random transforms.
+
+    Raises:
+        ValueError: unknown transform or family, a model that is quantized already, a result
+            that was made from another model.
+    """
+    if isinstance(transform, CalibrationResult):
+        result = transform
+    elif transform in DATA_FREE:
+        result = calibrate(
+            model, DATA_FREE[transform], scheme, seed=seed, ignore=ignore, progress=False
+        )
+    else:
+        raise ValueError(
+            f"replace_linear: transform={transform!r} must be one of {list(DATA_FREE)} or a "
+            "CalibrationResult"
+        )
+    result.apply(model)
+    attach(model)
+    return model
+
+
+def quantize(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    """`calibrate`, then `replace_linear` with its result; same arguments as `calibrate`."""
+    return replace_linear(model, transform=calibrate(model, *args, **kwargs))

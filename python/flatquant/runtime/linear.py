@@ -1,0 +1,210 @@
+"""A linear layer on packed 4-bit weights and quantized inputs."""
+
+from __future__ import annotations
+
+import flatquant_cuda as fq
+import torch
+from torch import Tensor, nn
+
+from flatquant.runtime.activation import ActivationSpec, InputQuantizer, QuantizedActivation
+from flatquant.scheme import Scheme
+
+
+class QuantizedLinear(InputQuantizer):
+    """y = x·Wᵀ + b from codes: `gemm_w4a4`, `gemm_w4a8` or `gemm_w4a16`, by the scheme.
+
+    Buffers: weight_packed uint8 [out, ceil(in/2)] (2-bit weights with floating-point inputs:
+    four a byte; more than 4 bits: int8 [out, in]), weight_scale float32 [out] or [out, groups],
+    weight_colsum int32 [out] for asymmetric inputs, weight [out, in] where W is 16, bias.
+    Where the linear alone reads its input, it holds the transform too: left_trans, right_trans
+    and clip_ratio.
+
+    Bit widths for which no integer kernel exists (weights above 4 bits, or floating-point
+    weights with quantized inputs) run simulated; `kernel` says so.
+    """
+
+    weight_packed: Tensor | None
+    weight_scale: Tensor | None
+    weight_colsum: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: Scheme,
+        spec: ActivationSpec,
+        *,
+        bias: bool,
+        online: bool,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(spec, online=online, device=device)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.w_bits, self.a_bits = scheme.w_bits, spec.bits
+        self.w_group = scheme.w_group
+        self.kernel = _kernel_of(self.w_bits, self.a_bits)
+        self.simulate = False
+        quantized = self.w_bits < 16
+
+        def empty(present: bool, *shape: int, kind: torch.dtype) -> Tensor | None:
+            return torch.empty(*shape, dtype=kind, device=device) if present else None
+
+        packed = self._packed_width()
+        storage = torch.int8 if 4 < self.w_bits < 16 else torch.uint8
+        groups = () if self.w_group is None else (_group_count(in_features, self.w_group),)
+        self.register_buffer(
+            "weight_packed", empty(quantized, out_features, packed, kind=storage)
+        )
+        self.register_buffer(
+            "weight_scale", empty(quantized, out_features, *groups, kind=torch.float32)
+        )
+        self.register_buffer(
+            "weight_colsum",
+            empty(
+                quantized and not spec.symmetric and spec.bits < 16, out_features, kind=torch.int32
+            ),
+        )
+        self.register_buffer(
+            "weight", empty(not quantized, out_features, in_features, kind=dtype)
+        )
+        self.register_buffer("bias", empty(bias, out_features, kind=dtype))
+
+    @classmethod
+    def empty_like(
+        cls,
+        linear: nn.Linear,
+        scheme: Scheme,
+        spec: ActivationSpec,
+        *,
+        online: bool,
+    ) -> QuantizedLinear:
+        """An uninitialised replacement for `linear`, on its device.
+
+        Raises:
+            ValueError: the layer's input is not as wide as the family's geometry says.
+        """
+        if linear.in_features != spec.width:
+            raise ValueError(
+                f"linear has in_features={linear.in_features}, the config implies {spec.width}"
+            )
+        return cls(
+            linear.in_features,
+            linear.out_features,
+            scheme,
+            spec,
+            bias=linear.bias is not None,
+            online=online,
+            dtype=linear.weight.dtype,
+            device=linear.weight.device,
+        )
+
+    def _packed_width(self) -> int:
+        if 4 < self.w_bits < 16:
+            return self.in_features
+        per_byte = 4 if self.w_bits == 2 and self.a_bits == 16 else 2
+        return -(-self.in_features // per_byte)
+
+    def forward(self, x: Tensor | QuantizedActivation) -> Tensor:
+        """x: [..., in], or the quantized input that a norm has prepared."""
+        if isinstance(x, Tensor):
+            if not self.online:
+                raise TypeError(
+                    "this linear shares its input with others: it expects the QuantizedActivation "
+                    "of the norm in front of it, not a tensor"
+                )
+            x = self.prepare(x)
+        if x.dtype == torch.float64 or self.simulate or self.kernel == "simulated":
+            return self._simulated(x)
+        if x.value is not None:
+            return fq.ops.gemm_w4a16(
+                x.value, self._packed(), self._scale2d(), bias=self.bias, bits=self.w_bits
+            )
+        gemm = fq.ops.gemm_w4a4 if self.a_bits <= 4 else fq.ops.gemm_w4a8
+        return gemm(
+            x.codes,
+            x.scale,
+            self._packed(),
+            self.weight_scale,
+            a_zero=x.zero,
+            w_colsum=self.weight_colsum,
+            bias=self.bias,
+            out_dtype=x.dtype,
+        )
+
+    def _packed(self) -> Tensor:
+        if self.weight_packed is None:
+            raise TypeError("this linear has no packed weight (W is 16 bits)")
+        return self.weight_packed
+
+    def _scale2d(self) -> Tensor:
+        scale = self.weight_scale
+        if scale is None:
+            raise TypeError("this linear has no weight scale (W is 16 bits)")
+        return scale.unsqueeze(-1) if scale.dim() == 1 else scale
+
+    def weight_codes(self) -> Tensor:
+        """Integer codes of the weight, int8 [out, in]."""
+        packed = self._packed()
+        if self.w_bits > 4:
+            return packed
+        if self.w_bits == 2 and self.a_bits == 16:
+            return fq.packing.unpack(packed, 2, self.in_features)
+        return fq.packing.unpack_nibbles(packed, self.in_features, True)
+
+    def _simulated(self, x: QuantizedActivation) -> Tensor:
+        """The same numbers without the integer kernel: float64 products of codes are exact."""
+        bias = None if self.bias is None else self.bias.to(torch.float32)
+        if x.value is not None or self.w_bits == 16:
+            return self._simulated_float(x, bias)
+        codes = self._activation_codes(x).double()
+        acc = (codes @ self.weight_codes().double().mT).to(torch.float32)
+        out = acc * (x.scale.unsqueeze(-1) * self.weight_scale)
+        return (out if bias is None else out + bias).to(x.dtype)
+
+    def _activation_codes(self, x: QuantizedActivation) -> Tensor:
+        """Codes minus zero points, integer valued, [..., in]."""
+        codes = x.codes
+        if self.a_bits <= 4:
+            codes = fq.packing.unpack_nibbles(codes, self.in_features, x.zero is None)
+        codes = codes.to(torch.int32)
+        return codes if x.zero is None else codes - x.zero.unsqueeze(-1)
+
+    def _simulated_float(self, x: QuantizedActivation, bias: Tensor | None) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if x.value is None:
+            value = self._activation_codes(x).to(wide) * x.scale.unsqueeze(-1).to(wide)
+        else:
+            value = x.value.to(wide)
+        if self.w_bits == 16:
+            weight = self.weight.to(wide)
+        else:
+            scale = self._scale2d().to(wide)
+            group = self.in_features // scale.shape[1]
+            weight = self.weight_codes().to(wide) * scale.repeat_interleave(group, dim=1)
+        out = value @ weight.mT
+        return (out if bias is None else out + bias.to(wide)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """For printing the model."""
+        return (
+            f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, "
+            f"w_bits={self.w_bits}, a_bits={self.a_bits}, kernel={self.kernel}"
+        )
+
+
+def _kernel_of(w_bits: int, a_bits: int) -> str:
+    if w_bits > 4:
+        return "simulated"
+    if a_bits <= 4:
+        return "gemm_w4a4"
+    return "gemm_w4a8" if a_bits <= 8 else "gemm_w4a16"
+
+
+def _group_count(width: int, group: int) -> int:
+    if width % group:
+        raise ValueError(f"w_group={group} does not divide the layer's {width} input channels")
+    return width // group
