@@ -150,7 +150,7 @@ FQ_HD void store(void* data, Dtype dtype, int64_t i, float x) {
 FQ_HD int32_t qmax(int bits) { return (1 << (bits - 1)) - 1; }  // symmetric: largest code
 FQ_HD int32_t qmin(int bits, bool narrow) {
   return narrow ? -qmax(bits) : -qmax(bits) - 1;
-}                                                           // symmetric: smallest code
+}  // symmetric: smallest code
 FQ_HD int32_t levels(int bits) { return (1 << bits) - 1; }  // asymmetric: codes are 0..levels
 
 // ---- scale and zero point of a row -------------------------------------------------------------

@@ -174,6 +174,29 @@ struct AttentionDecode {
   Dtype dtype, mask_dtype;
 };
 
+// x -> (q - z) * s, the quantized values as floats, for calibration. Outer dimension: rows.
+struct FakeQuantize {
+  const float* x;     // [rows, k]
+  const float* clip;  // [2] = (max, min) ratios, or [2, rows] if clip_per_row
+  float* y;           // [rows, k]
+  int64_t rows, k;
+  int32_t bits;
+  bool symmetric, clip_per_row;
+};
+
+// Its gradient: rounding passes it on, clamping stops it, the scale passes it to clip ratios and to
+// the largest and smallest element. Outer dimension: rows.
+struct FakeQuantizeBackward {
+  const float* grad;  // [rows, k], of y
+  const float* x;     // [rows, k]
+  const float* clip;  // as above
+  float* grad_x;      // [rows, k]
+  float* grad_clip;   // [2, rows]
+  int64_t rows, k;
+  int32_t bits;
+  bool symmetric, clip_per_row;
+};
+
 namespace cpu {
 
 void quantize_activation(const QuantizeActivation& args, int64_t begin, int64_t end);  // rows
@@ -188,7 +211,10 @@ int64_t gemm_tiles(const GemmW4A16& args);
 void kv_quantize_append(const KvQuantizeAppend& args, int64_t begin,
                         int64_t end);                                      // batch_heads * t
 void kv_dequantize(const KvDequantize& args, int64_t begin, int64_t end);  // batch_heads * length
-void attention_decode(const AttentionDecode& args, int64_t begin, int64_t end);  // batch * heads * tq
+void attention_decode(const AttentionDecode& args, int64_t begin,
+                      int64_t end);  // batch * heads * tq
+void fake_quantize(const FakeQuantize& args, int64_t begin, int64_t end);                   // rows
+void fake_quantize_backward(const FakeQuantizeBackward& args, int64_t begin, int64_t end);  // rows
 
 }  // namespace cpu
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -22,6 +23,8 @@ OPS = (
     "kv_quantize_append",
     "kv_dequantize",
     "attention_decode",
+    "fake_quantize",
+    "fake_quantize_backward",
 )
 ISAS = ("portable", "avx2", "avx512")
 
@@ -102,19 +105,28 @@ def build_info() -> dict[str, Any]:
         "torch_cuda": torch.version.cuda,
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "cpu_isa": _cpu_isa(),
+        "cpu_isa": _described_isa(),
         "ops": {d: {op: backend(op, d) for op in OPS} for d in ("cpu", "cuda")},
         "cuda_devices": devices,
     }
 
 
-def _cpu_isa() -> str:
+def cpu_isa(force: str | None = None) -> str:
+    """Name the instruction set the CPU kernels run on; ``force`` lowers it (for tests).
+
+    Raises RuntimeError if the library is not loaded, ValueError for an unknown name.
+    """
+    if _file is None or not loaded:
+        raise RuntimeError(f"cpu_isa: the library is not loaded: {_failure}")
+    if force is not None and force not in ISAS:
+        raise ValueError(f"cpu_isa: force is {force!r}: it must be one of {', '.join(ISAS)}")
+    choose = ctypes.CDLL(str(_file)).flatquant_cpu_isa
+    choose.restype = ctypes.c_char_p
+    name: bytes = choose(ctypes.c_int32(-1 if force is None else ISAS.index(force)))
+    return name.decode()
+
+
+def _described_isa() -> str:
     wanted = os.environ.get("FLATQUANT_CPU_ISA")
     note = "" if wanted in (None, *ISAS) else f" (FLATQUANT_CPU_ISA={wanted} is unknown: ignored)"
-    if not loaded:
-        return "none: the library is not loaded"
-    try:
-        from . import _native  # type: ignore[attr-defined]
-    except ImportError as error:
-        return f"unknown: {error}"
-    return str(_native.cpu_isa()) + note
+    return cpu_isa() + note if loaded else "none: the library is not loaded"

@@ -205,6 +205,64 @@ def _fake_kronecker_quantize(
     return _empty_codes(x, bits, symmetric)
 
 
+def fake_quantize(x: Tensor, clip: Tensor, *, bits: int = 4, symmetric: bool = True) -> Tensor:
+    """Quantize and dequantize rows of ``x`` ``[rows, k]``, for calibration: (q - z)*s.
+
+    Args:
+        x: the values, float32 (other dtypes are answered by the reference).
+        clip: ratios of maximum and minimum, float32 ``[2]``, or ``[2, rows]``.
+        bits: width of a code.
+        symmetric: the grid, as in :func:`quantize_activation`.
+
+    Returns:
+        ``[rows, k]`` of the dtype of ``x``.
+    """
+    if x.dtype != torch.float32 or not library.is_native("fake_quantize", x):
+        return reference.fake_quantize(x, clip, bits=bits, symmetric=symmetric)
+    result: Tensor = torch.ops.flatquant_cuda.fake_quantize(
+        x.contiguous(), clip.contiguous(), bits, symmetric
+    )
+    return result
+
+
+@_fake
+def _fake_fake_quantize(x: Tensor, clip: Tensor, bits: int, symmetric: bool) -> Tensor:
+    return torch.empty_like(x)
+
+
+def fake_quantize_backward(
+    grad: Tensor, x: Tensor, clip: Tensor, *, bits: int = 4, symmetric: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Straight-through gradient of :func:`fake_quantize` (FlatQuant, section 3.3).
+
+    Rounding passes the gradient on, clamping stops it; the scale passes it to the clip ratios and
+    to the largest and the smallest element of the row (a symmetric grid: the one that sets it).
+
+    Args:
+        grad: of the result, ``[rows, k]``.
+        x: as given to :func:`fake_quantize`.
+        clip: likewise.
+        bits: likewise.
+        symmetric: likewise.
+
+    Returns:
+        Gradient of ``x`` ``[rows, k]``, and of the clip ratios row by row, ``[2, rows]``.
+    """
+    if x.dtype != torch.float32 or not library.is_native("fake_quantize_backward", x):
+        return reference.fake_quantize_backward(grad, x, clip, bits=bits, symmetric=symmetric)
+    result: tuple[Tensor, Tensor] = torch.ops.flatquant_cuda.fake_quantize_backward(
+        grad.contiguous(), x.contiguous(), clip.contiguous(), bits, symmetric
+    )
+    return result
+
+
+@_fake
+def _fake_fake_quantize_backward(
+    grad: Tensor, x: Tensor, clip: Tensor, bits: int, symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty((2, x.shape[0]))
+
+
 def hadamard(x: Tensor, base: Tensor | None = None, *, scale: float | None = None) -> Tensor:
     """Multiply rows of ``x``: T ``[..., m * 2^j]`` by ``(base (x) H_2^j) * scale``.
 

@@ -7,11 +7,10 @@
 
 namespace fq::cpu {
 
-using GemmIntegerKernel = void (*)(const GemmInteger& args, int64_t begin, int64_t end);
-
-// Null where the compiler or the machine it builds for has no such instructions.
-extern const GemmIntegerKernel kGemmW4A4Avx2, kGemmW4A8Avx2;
-extern const GemmIntegerKernel kGemmW4A4Avx512, kGemmW4A8Avx512;
+void gemm_w4a4_avx2(const GemmInteger& args, int64_t begin, int64_t end);
+void gemm_w4a4_avx512(const GemmInteger& args, int64_t begin, int64_t end);
+void gemm_w4a8_avx2(const GemmInteger& args, int64_t begin, int64_t end);
+void gemm_w4a8_avx512(const GemmInteger& args, int64_t begin, int64_t end);
 
 namespace {
 

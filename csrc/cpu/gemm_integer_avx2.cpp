@@ -1,8 +1,5 @@
 // gemm_w4a4 and gemm_w4a8 for AVX2: vpmaddubsw adds pairs of unsigned x signed products in int16.
 // Four of them together are at most 4 * 15 * 128, so nothing saturates. See gemm_integer_simd.h.
-#include "gemm_integer.h"
-
-#if defined(__AVX2__)
 #include <immintrin.h>
 
 #include "gemm_integer_simd.h"
@@ -42,18 +39,12 @@ struct Avx2 {
 
 }  // namespace
 
-const GemmIntegerKernel kGemmW4A4Avx2 = gemm<Avx2, true>;
-const GemmIntegerKernel kGemmW4A8Avx2 = gemm<Avx2, false>;
+void gemm_w4a4_avx2(const GemmInteger& args, int64_t begin, int64_t end) {
+  gemm_simd<Avx2, true>(args, begin, end);
+}
+
+void gemm_w4a8_avx2(const GemmInteger& args, int64_t begin, int64_t end) {
+  gemm_simd<Avx2, false>(args, begin, end);
+}
 
 }  // namespace fq::cpu
-
-#else
-
-namespace fq::cpu {
-
-const GemmIntegerKernel kGemmW4A4Avx2 = nullptr;
-const GemmIntegerKernel kGemmW4A8Avx2 = nullptr;
-
-}  // namespace fq::cpu
-
-#endif

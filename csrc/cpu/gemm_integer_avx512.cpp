@@ -1,9 +1,6 @@
-// gemm_w4a4 and gemm_w4a8 for AVX-512 with VNNI: vpdpbusd multiplies 64 pairs of bytes and adds them
-// to 16 int32 sums, without saturation. The algorithm is in gemm_integer_simd.h.
-#include "gemm_integer.h"
-
-#if defined(__AVX512BW__) && defined(__AVX512VNNI__)
-// GCC 12 takes its own _mm512_undefined_* for an uninitialized variable (its bug 105593).
+// gemm_w4a4 and gemm_w4a8 for AVX-512 with VNNI: vpdpbusd multiplies 64 pairs of bytes and adds
+// them to 16 int32 sums, without saturation. The algorithm is in gemm_integer_simd.h. GCC 12 takes
+// its own _mm512_undefined_* for an uninitialized variable (its bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 
@@ -46,18 +43,12 @@ struct Vnni {
 
 }  // namespace
 
-const GemmIntegerKernel kGemmW4A4Avx512 = gemm<Vnni, true>;
-const GemmIntegerKernel kGemmW4A8Avx512 = gemm<Vnni, false>;
+void gemm_w4a4_avx512(const GemmInteger& args, int64_t begin, int64_t end) {
+  gemm_simd<Vnni, true>(args, begin, end);
+}
+
+void gemm_w4a8_avx512(const GemmInteger& args, int64_t begin, int64_t end) {
+  gemm_simd<Vnni, false>(args, begin, end);
+}
 
 }  // namespace fq::cpu
-
-#else
-
-namespace fq::cpu {
-
-const GemmIntegerKernel kGemmW4A4Avx512 = nullptr;
-const GemmIntegerKernel kGemmW4A8Avx512 = nullptr;
-
-}  // namespace fq::cpu
-
-#endif

@@ -1,5 +1,6 @@
-// gemm_w4a4 and gemm_w4a8 on vectors: the body that gemm_integer_avx2.cpp and gemm_integer_avx512.cpp
-// compile, each with its own `Vector` (a set of bytes and the few instructions used on them).
+// gemm_w4a4 and gemm_w4a8 on vectors: the body that gemm_integer_avx2.cpp and
+// gemm_integer_avx512.cpp compile, each with its own `Vector` (a set of bytes and the few
+// instructions used on them).
 //
 // A register block is kRows x 4 outputs; every output has a vector of partial sums over k. One load
 // of weight bytes holds codes of even k in the low nibbles and of odd k in the high ones, so the
@@ -137,7 +138,7 @@ inline void row_group(const Prepared<Vector>& prepared, const GemmInteger& args,
 }
 
 template <class Vector, bool kNibbles>
-void gemm(const GemmInteger& args, int64_t begin, int64_t end) {
+void gemm_simd(const GemmInteger& args, int64_t begin, int64_t end) {
   const Tiling tiles = tiling(args);
   const Prepared<Vector> prepared(args.k, tiles.block_rows);
   const uint32_t offset = kNibbles || args.a_zero == nullptr ? 0u : 128u;
@@ -166,7 +167,8 @@ void gemm(const GemmInteger& args, int64_t begin, int64_t end) {
         const int64_t row = tile.row + r;
         const uint32_t zero = args.a_zero ? static_cast<uint32_t>(args.a_zero[row]) : 0u;
         const uint32_t row_term = 0u - 8u * static_cast<uint32_t>(prepared.sums[r]);
-        finish(args, tile, columns, row, dots + (r - first) * kTileColumns, row_term, offset - zero);
+        finish(args, tile, columns, row, dots + (r - first) * kTileColumns, row_term,
+               offset - zero);
       }
       first += rows;
     }

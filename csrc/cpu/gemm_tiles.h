@@ -1,9 +1,10 @@
-// How the output [m, n] of a matrix product is cut into the tiles that threads share: blocks of rows
-// outermost, 16 columns at a time inside.
+// How the output [m, n] of a matrix product is cut into the tiles that threads share: blocks of
+// rows outermost, 16 columns at a time inside.
 //
 //              columns 0..15   16..31   ...
-//   rows 0..63   tile 0        tile 1   ...      a thread works on consecutive tiles, so it prepares
-//   rows 64..    ...                             the rows of a block once and streams the weights
+//   rows 0..63   tile 0        tile 1   ...      a thread works on consecutive tiles, so it
+//   prepares rows 64..    ...                             the rows of a block once and streams the
+//   weights
 //
 // A block holds 64 rows, fewer if those would not stay in the L2 cache. The cut changes no result.
 #pragma once
@@ -29,7 +30,8 @@ struct Tiling {
   int64_t m, n, block_rows, across;
 
   // row_bytes: what a kernel keeps of one row of the left operand.
-  Tiling(int64_t m_, int64_t n_, int64_t row_bytes) : m(m_), n(n_), across(ceil_div(n_, kTileColumns)) {
+  Tiling(int64_t m_, int64_t n_, int64_t row_bytes)
+      : m(m_), n(n_), across(ceil_div(n_, kTileColumns)) {
     const int64_t fit = kBlockBytes / (row_bytes > 0 ? row_bytes : 1);
     block_rows = fit > kMostTileRows ? kMostTileRows : fit < kLeastTileRows ? kLeastTileRows : fit;
   }

@@ -146,8 +146,8 @@ Prepared<GemmInteger, Tensor> integer_gemm(const Checks& check, const Tensor& a,
   args.m = rows.count;
   args.n = n;
   args.k = k;
-  p.units = rows.count == 0 ? 0 : n;
-  p.work = 1 + rows.count * k / 32;
+  p.units = cpu::gemm_tiles(args);
+  p.work = 1 + rows.count * n * k / 128 / (p.units > 0 ? p.units : 1);
   return p;
 }
 
@@ -192,7 +192,7 @@ Prepared<QuantizeActivation, Quantized> quantize_activation(Tensor x, MaybeTenso
   p.args.rows = p.units = rows.count;
   p.args.k = rows.k;
   p.out = outputs_for(p.args, x, rows);
-  p.work = 1 + rows.k / 4;
+  p.work = rows.count * (1 + rows.k / 4);
   return p;
 }
 
@@ -209,14 +209,16 @@ Prepared<Kronecker, Tensor> kronecker(Tensor x, MaybeTensor left, MaybeTensor ri
   p.args.k = rows.k;
   p.out = empty(x, shape_of(x), out_dtype);
   p.args.out = p.out.mutable_data_ptr();
-  p.work = transform_work(p.args.transform, rows.k);
+  p.work = rows.count * transform_work(p.args.transform, rows.k);
   return p;
 }
 
-Prepared<KroneckerQuantize, Quantized> kronecker_quantize(
-    Tensor x, MaybeTensor gate, MaybeTensor channel_scale, std::optional<double> rms_eps,
-    MaybeTensor left, MaybeTensor right, MaybeTensor clip, int64_t bits, bool symmetric,
-    bool narrow) {
+Prepared<KroneckerQuantize, Quantized> kronecker_quantize(Tensor x, MaybeTensor gate,
+                                                          MaybeTensor channel_scale,
+                                                          std::optional<double> rms_eps,
+                                                          MaybeTensor left, MaybeTensor right,
+                                                          MaybeTensor clip, int64_t bits,
+                                                          bool symmetric, bool narrow) {
   const Checks check("kronecker_quantize", "x", x);
   const Rows rows = rows_of(check, "x", x);
   Prepared<KroneckerQuantize, Quantized> p{};
@@ -233,7 +235,7 @@ Prepared<KroneckerQuantize, Quantized> kronecker_quantize(
   p.args.rows = p.units = rows.count;
   p.args.k = rows.k;
   p.out = outputs_for(p.args, x, rows);
-  p.work = transform_work(p.args.transform, rows.k) + rows.k / 4;
+  p.work = rows.count * (transform_work(p.args.transform, rows.k) + rows.k / 4);
   return p;
 }
 
@@ -254,7 +256,7 @@ Prepared<Hadamard, Tensor> hadamard(Tensor x, MaybeTensor base, double scale) {
   p.args.rows = p.units = rows.count;
   p.out = empty(x, shape_of(x), x.scalar_type());
   p.args.out = p.out.mutable_data_ptr();
-  p.work = rows.k * (1 + p.args.m / 8);
+  p.work = rows.count * rows.k * (1 + p.args.m / 8);
   return p;
 }
 
@@ -298,8 +300,8 @@ Prepared<GemmW4A16, Tensor> gemm_w4a16(Tensor x, Tensor w, Tensor w_scale, Maybe
   const int64_t bytes = packed_bytes(rows.k, args.bits);
   args.w = static_cast<const uint8_t*>(check.input("w", w, ScalarType::Byte, {kAny, bytes}));
   args.n = w.size(0);
-  args.w_scale = static_cast<const float*>(
-      check.input("w_scale", w_scale, ScalarType::Float, {args.n, kAny}));
+  args.w_scale =
+      static_cast<const float*>(check.input("w_scale", w_scale, ScalarType::Float, {args.n, kAny}));
   args.groups = w_scale.size(1);
   check.require(args.groups > 0 && rows.k % args.groups == 0, "x has ", rows.k,
                 " columns, w_scale has ", args.groups, " groups: they must divide them");
@@ -310,8 +312,8 @@ Prepared<GemmW4A16, Tensor> gemm_w4a16(Tensor x, Tensor w, Tensor w_scale, Maybe
   args.k = rows.k;
   p.out = empty(x, with(rows.lead, args.n), x.scalar_type());
   args.out = p.out.mutable_data_ptr();
-  p.units = rows.count == 0 ? 0 : args.n;
-  p.work = 1 + rows.count * rows.k / 8;
+  p.units = cpu::gemm_tiles(args);
+  p.work = 1 + rows.count * args.n * rows.k / 32 / (p.units > 0 ? p.units : 1);
   return p;
 }
 
@@ -338,8 +340,8 @@ Prepared<KvQuantizeAppend, Nothing> kv_quantize_append(Tensor x, MaybeTensor tra
     check.dense("transform", *transform);
     check.shape("transform", *transform, {args.head_dim, args.head_dim});
   }
-  args.transform = factor_of(check, "transform", transform, x.scalar_type(), &args.transform_dtype,
-                             p.kept);
+  args.transform =
+      factor_of(check, "transform", transform, x.scalar_type(), &args.transform_dtype, p.kept);
   args.clip = clip_of(check, clip);
   args.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
   args.scale = static_cast<float*>(scale.mutable_data_ptr());
@@ -347,7 +349,7 @@ Prepared<KvQuantizeAppend, Nothing> kv_quantize_append(Tensor x, MaybeTensor tra
   args.batch_heads = x.size(0) * x.size(1);
   args.start = start;
   p.units = args.batch_heads * args.t;
-  p.work = args.head_dim * (1 + (transform ? args.head_dim / 8 : 0));
+  p.work = p.units * args.head_dim * (1 + (transform ? args.head_dim / 8 : 0));
   return p;
 }
 
@@ -373,7 +375,7 @@ Prepared<KvDequantize, Tensor> kv_dequantize(Tensor codes, Tensor scale, Tensor 
   p.out = empty(codes, {codes.size(0), codes.size(1), length, head_dim}, out_dtype);
   args.out = p.out.mutable_data_ptr();
   p.units = args.batch_heads * length;
-  p.work = 1 + head_dim / 4;
+  p.work = p.units * (1 + head_dim / 4);
   return p;
 }
 
@@ -417,25 +419,74 @@ Prepared<AttentionDecode, Tensor> attention_decode(Tensor q, Tensor k_codes, Ten
     const std::vector<int64_t> full = {args.batch, args.heads, args.tq, length};
     const int64_t missing = 4 - mask->dim();
     bool fits = missing >= 0;
-    for (int64_t i = 0; fits && i < mask->dim(); ++i) {
-      const int64_t size = mask->size(i);
-      fits = size == 1 || size == full[i + missing];
-      args.mask_strides[i + missing] = size == 1 ? 0 : mask->stride(i);
-    }
-    check.require(fits, "mask has shape ", text(shape_of(*mask)),
-                  ": it must broadcast to ", text(full));
+    for (int64_t i = 0; fits && i < mask->dim(); ++i)
+      fits = mask->size(i) == 1 || mask->size(i) == full[i + missing];
+    check.require(fits, "mask has shape ", text(shape_of(*mask)), ": it must broadcast to ",
+                  text(full));
     const bool logical = mask->scalar_type() == ScalarType::Bool;
-    args.mask_kind = logical ? Mask::kBool : Mask::kAdditive;
     p.kept.push_back(logical ? *mask : check.any_floating("mask", *mask, ScalarType::Float));
-    if (!logical) args.mask_dtype = check.floating("mask", p.kept.back());
-    args.mask = p.kept.back().const_data_ptr();
-    for (int64_t i = 0; i < mask->dim(); ++i)  // a conversion may have changed the strides
-      args.mask_strides[i + missing] = mask->size(i) == 1 ? 0 : p.kept.back().stride(i);
+    const Tensor& kept = p.kept.back();
+    args.mask = kept.const_data_ptr();
+    args.mask_kind = logical ? Mask::kBool : Mask::kAdditive;
+    if (!logical) args.mask_dtype = check.floating("mask", kept);
+    for (int64_t i = 0; i < kept.dim(); ++i)
+      args.mask_strides[i + missing] = kept.size(i) == 1 ? 0 : kept.stride(i);
   }
   p.out = empty(q, shape_of(q), q.scalar_type());
   args.out = p.out.mutable_data_ptr();
-  p.units = args.tq == 0 ? 0 : args.batch * args.kv_heads;
-  p.work = 1 + args.heads / args.kv_heads * args.tq * length * args.head_dim / 4;
+  p.units = args.batch * args.heads * args.tq;
+  p.work = 1 + length * args.head_dim / 4;
+  return p;
+}
+
+namespace {
+
+// What fake_quantize and its gradient share: x [rows, k] and its clip ratios.
+template <class Args>
+Args fake_quantize_args(const Checks& check, const Tensor& x, const Tensor& clip, int64_t bits,
+                        bool symmetric) {
+  Args args{};
+  check.require(x.dim() == 2, "x has ", x.dim(), " dimensions: it must have 2");
+  args.rows = x.size(0);
+  args.k = x.size(1);
+  check.require(args.k > 0, "x has 0 columns: it must have at least 1");
+  args.x = static_cast<const float*>(check.input("x", x, ScalarType::Float, {args.rows, args.k}));
+  args.clip_per_row = clip.dim() == 2;
+  const std::vector<int64_t> one{2}, per_row{2, args.rows};
+  args.clip = static_cast<const float*>(
+      check.input("clip", clip, ScalarType::Float, args.clip_per_row ? per_row : one));
+  args.bits = check.bits("bits", bits);
+  args.symmetric = symmetric;
+  return args;
+}
+
+}  // namespace
+
+Prepared<FakeQuantize, Tensor> fake_quantize(Tensor x, Tensor clip, int64_t bits, bool symmetric) {
+  const Checks check("fake_quantize", "x", x);
+  Prepared<FakeQuantize, Tensor> p{};
+  p.args = fake_quantize_args<FakeQuantize>(check, x, clip, bits, symmetric);
+  p.out = empty(x, shape_of(x), ScalarType::Float);
+  p.args.y = static_cast<float*>(p.out.mutable_data_ptr());
+  p.units = p.args.rows;
+  p.work = p.args.k / 2;
+  return p;
+}
+
+Prepared<FakeQuantizeBackward, std::tuple<Tensor, Tensor>> fake_quantize_backward(
+    Tensor grad, Tensor x, Tensor clip, int64_t bits, bool symmetric) {
+  const Checks check("fake_quantize_backward", "x", x);
+  Prepared<FakeQuantizeBackward, std::tuple<Tensor, Tensor>> p{};
+  p.args = fake_quantize_args<FakeQuantizeBackward>(check, x, clip, bits, symmetric);
+  p.args.grad =
+      static_cast<const float*>(check.input("grad", grad, ScalarType::Float, shape_of(x)));
+  Tensor grad_x = empty(x, shape_of(x), ScalarType::Float);
+  Tensor grad_clip = empty(x, {2, p.args.rows}, ScalarType::Float);
+  p.args.grad_x = static_cast<float*>(grad_x.mutable_data_ptr());
+  p.args.grad_clip = static_cast<float*>(grad_clip.mutable_data_ptr());
+  p.out = {grad_x, grad_clip};
+  p.units = p.args.rows;
+  p.work = p.args.k / 2;
   return p;
 }
 

@@ -25,8 +25,8 @@ template <class Args, class Out>
 struct Prepared {
   Args args;
   Out out;
-  int64_t units;             // size of the op's outer dimension
-  int64_t work;              // of one unit, in very roughly nanoseconds of one core
+  int64_t units;             // size of the op's outer dimension; 0 if there is nothing to do
+  int64_t work;              // of all units, in very roughly nanoseconds of one core
   std::vector<Tensor> kept;  // converted inputs that args points into
 };
 
@@ -35,10 +35,12 @@ Prepared<QuantizeActivation, Quantized> quantize_activation(Tensor x, MaybeTenso
                                                             bool narrow);
 Prepared<Kronecker, Tensor> kronecker(Tensor x, MaybeTensor left, MaybeTensor right,
                                       MaybeTensor channel_scale, ScalarType out_dtype);
-Prepared<KroneckerQuantize, Quantized> kronecker_quantize(
-    Tensor x, MaybeTensor gate, MaybeTensor channel_scale, std::optional<double> rms_eps,
-    MaybeTensor left, MaybeTensor right, MaybeTensor clip, int64_t bits, bool symmetric,
-    bool narrow);
+Prepared<KroneckerQuantize, Quantized> kronecker_quantize(Tensor x, MaybeTensor gate,
+                                                          MaybeTensor channel_scale,
+                                                          std::optional<double> rms_eps,
+                                                          MaybeTensor left, MaybeTensor right,
+                                                          MaybeTensor clip, int64_t bits,
+                                                          bool symmetric, bool narrow);
 Prepared<Hadamard, Tensor> hadamard(Tensor x, MaybeTensor base, double scale);
 Prepared<GemmInteger, Tensor> gemm_w4a4(Tensor a, Tensor a_scale, MaybeTensor a_zero, Tensor w,
                                         Tensor w_scale, MaybeTensor w_colsum, MaybeTensor bias,
@@ -58,5 +60,8 @@ Prepared<AttentionDecode, Tensor> attention_decode(Tensor q, Tensor k_codes, Ten
                                                    Tensor k_zero, Tensor v_codes, Tensor v_scale,
                                                    Tensor v_zero, MaybeTensor mask, int64_t k_bits,
                                                    int64_t v_bits, int64_t length, double scaling);
+Prepared<FakeQuantize, Tensor> fake_quantize(Tensor x, Tensor clip, int64_t bits, bool symmetric);
+Prepared<FakeQuantizeBackward, std::tuple<Tensor, Tensor>> fake_quantize_backward(
+    Tensor grad, Tensor x, Tensor clip, int64_t bits, bool symmetric);
 
 }  // namespace fq::binding

@@ -2,12 +2,21 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "../cpu/pick.h"
 #include "args.h"
 
 namespace fq::binding {
 namespace {
 
-constexpr int64_t kGrain = 20000;  // work worth a thread, in the unit of Prepared::work
+constexpr int64_t kWorthAThread = 20000;  // in the unit of Prepared::work
+
+// What the kernel's begin and end count.
+template <class Args>
+int64_t units_of(const Args&, int64_t units) {
+  return units;
+}
+int64_t units_of(const GemmInteger& args, int64_t) { return cpu::gemm_tiles(args); }
+int64_t units_of(const GemmW4A16& args, int64_t) { return cpu::gemm_tiles(args); }
 
 // Run<prepare, kernel>::call has the signature of `prepare` and returns its `out`.
 template <auto kPrepare, auto kKernel, class Signature = decltype(kPrepare)>
@@ -20,10 +29,11 @@ struct Run<kPrepare, kKernel, Prepared<Args, Out> (*)(Inputs...)> {
   static Result call(Inputs... inputs) {
     Prepared<Args, Out> prepared = kPrepare(inputs...);
     if (prepared.units > 0) {
-      const int64_t grain = 1 + kGrain / (prepared.work > 0 ? prepared.work : 1);
+      const int64_t units = units_of(prepared.args, prepared.units);
+      const int64_t chunks = 1 + prepared.work / kWorthAThread;
+      const int64_t grain = (units + chunks - 1) / chunks;
       torch::stable::parallel_for(
-          0, prepared.units, grain,
-          [&](int64_t begin, int64_t end) { kKernel(prepared.args, begin, end); });
+          0, units, grain, [&](int64_t begin, int64_t end) { kKernel(prepared.args, begin, end); });
     }
     if constexpr (!std::is_same_v<Out, Nothing>) return std::move(prepared.out);
   }
@@ -32,27 +42,27 @@ struct Run<kPrepare, kKernel, Prepared<Args, Out> (*)(Inputs...)> {
 }  // namespace
 }  // namespace fq::binding
 
-#define FQ_CPU_OP(op) m.impl(#op, TORCH_BOX((&fq::binding::Run<fq::binding::op, fq::cpu::op>::call)))
+#define FQ_CPU_OP(op) \
+  m.impl(#op, TORCH_BOX((&fq::binding::Run<fq::binding::op, fq::cpu::op>::call)))
 
 STABLE_TORCH_LIBRARY_IMPL(flatquant_cuda, CPU, m) {
   FQ_CPU_OP(quantize_activation);
   FQ_CPU_OP(kronecker);
   FQ_CPU_OP(kronecker_quantize);
   FQ_CPU_OP(hadamard);
-#if __has_include("../cpu/gemm_w4a4.cpp")
+  FQ_CPU_OP(fake_quantize);
+  FQ_CPU_OP(fake_quantize_backward);
   FQ_CPU_OP(gemm_w4a4);
-#endif
-#if __has_include("../cpu/gemm_w4a8.cpp")
   FQ_CPU_OP(gemm_w4a8);
-#endif
-#if __has_include("../cpu/gemm_w4a16.cpp")
   FQ_CPU_OP(gemm_w4a16);
-#endif
-#if __has_include("../cpu/kv_cache.cpp")
   FQ_CPU_OP(kv_quantize_append);
   FQ_CPU_OP(kv_dequantize);
-#endif
-#if __has_include("../cpu/attention.cpp")
   FQ_CPU_OP(attention_decode);
-#endif
+}
+
+// For tests and for build_info: lowers the instruction set if `isa` is 0..2, and names the one in
+// force. Reached by ctypes.
+extern "C" __attribute__((visibility("default"))) const char* flatquant_cpu_isa(int32_t isa) {
+  if (isa >= 0) fq::cpu::force_isa(static_cast<fq::cpu::Isa>(isa));
+  return fq::cpu::isa_name(fq::cpu::isa());
 }

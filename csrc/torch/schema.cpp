@@ -30,4 +30,8 @@ STABLE_TORCH_LIBRARY(flatquant_cuda, m) {
       "attention_decode(Tensor q, Tensor k_codes, Tensor k_scale, Tensor k_zero, Tensor v_codes,"
       " Tensor v_scale, Tensor v_zero, Tensor? mask, int k_bits, int v_bits, int length,"
       " float scaling) -> Tensor");
+  m.def("fake_quantize(Tensor x, Tensor clip, int bits, bool symmetric) -> Tensor");
+  m.def(
+      "fake_quantize_backward(Tensor grad, Tensor x, Tensor clip, int bits, bool symmetric)"
+      " -> (Tensor grad_x, Tensor grad_clip)");
 }

@@ -229,7 +229,7 @@ def _add_option(parser: argparse.ArgumentParser, entry: Field[Any], hint: Any) -
     else:
         options["default"] = entry.default
         shown = " ".join(entry.default) if isinstance(entry.default, tuple) else entry.default
-        if shown not in (None, False):
+        if shown is not None and shown is not False:
             options["help"] += f" (default: {shown})"
     parser.add_argument(flag, **options)
 

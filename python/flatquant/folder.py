@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import glob
 import itertools
 import os
 import shutil
@@ -59,7 +60,7 @@ def _prefix(target: Path) -> str:
 
 def _remove_leftovers(target: Path) -> None:
     """Delete the staging folders of processes of this machine that are gone."""
-    for leftover in target.parent.glob(f"{_prefix(target)}*"):
+    for leftover in target.parent.glob(f"{glob.escape(_prefix(target))}*"):
         process = leftover.name.removeprefix(_prefix(target)).partition("-")[0]
         if process.isdecimal() and not _alive(int(process)):
             shutil.rmtree(leftover, ignore_errors=True)

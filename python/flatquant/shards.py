@@ -67,8 +67,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         raise ValueError(f"checkpoint: the header of {path} is not readable: {error}") from error
     if size != 8 + length + end:
         raise ValueError(
-            f"checkpoint: {path} has {size} bytes, its header promises {8 + length + end}: the file "
-            "is truncated or damaged"
+            f"checkpoint: {path} has {size} bytes, its header promises {8 + length + end}: the "
+            "file is truncated or damaged"
         )
     return tensors
 

@@ -107,7 +107,7 @@ def fit_block(
             except torch.linalg.LinAlgError as error:
                 raise _diverged(fit.name, epoch, "the Cayley map met a singular matrix") from error
             loss = (output.to(target.dtype) - target).square().mean()
-            value = float(loss)
+            value = loss.item()
             if not math.isfinite(value):
                 raise _diverged(fit.name, epoch, f"the loss is {value}")
             losses.append(value)

@@ -64,8 +64,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, amp: bool) -> Tens
     return y if bias is None else y + bias
 
 
+_CHUNK = 512  # rows whose outer products are held at once; they should fit in cache
+
+
 class _Kronecker(torch.autograd.Function):
-    """P1ᵀ·X·P2 for every row; its backward needs two large products instead of many small."""
+    """P1ᵀ·X·P2 for every row, with a backward that keeps only X and P1ᵀ·X."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -82,9 +85,9 @@ class _Kronecker(torch.autograd.Function):
         grad = grads[0].reshape(-1, n2)
         grad_right = half.reshape(-1, n2).t().mm(grad)
         grad_half = grad.mm(right.t()).reshape(-1, n1, n2)
-        flat_rows = rows.transpose(0, 1).reshape(n1, -1)
-        flat_grad = grad_half.transpose(0, 1).reshape(n1, -1)
-        grad_left = flat_rows.mm(flat_grad.t())
+        grad_left = torch.zeros_like(left)
+        for part, grad_part in zip(rows.split(_CHUNK), grad_half.split(_CHUNK)):
+            grad_left += torch.bmm(part, grad_part.mT).sum(0)
         grad_x = torch.matmul(left, grad_half).reshape(grads[0].shape)
         return grad_x, grad_left, grad_right
 

@@ -22,9 +22,10 @@ from transformers.utils import cached_file
 from flatquant import checkpoint, shards, surgery
 from flatquant.integrations.hf_config import METHOD, FlatQuantConfig
 from flatquant.runtime import attention
+from flatquant.runtime.kv import KVQuantizer
 
 
-class FlatQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
+class FlatQuantHfQuantizer(HfQuantizer):
     """Loads what `flatquant.checkpoint.save` wrote; quantizes nothing itself.
 
     Raises:
@@ -71,7 +72,9 @@ class FlatQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
         surgery.install(model, plan)
         _compare(model, shards.read_headers(self._paths))
         self._buffers = {
-            name: buffer.dtype for name, buffer in _persistent_buffers(model) if buffer.is_floating_point()
+            name: buffer.dtype
+            for name, buffer in _persistent_buffers(model)
+            if buffer.is_floating_point()
         }
 
     def _process_model_after_weight_loading(
@@ -79,11 +82,8 @@ class FlatQuantHfQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> PreTrainedModel:
         config: FlatQuantConfig = self.quantization_config
         _restore_dtypes(model, self._buffers, self._paths)
-        scheme = model.flatquant_plan.scheme
-        if scheme.quantizes_cache:
-            attention.activate(
-                model, attend_unquantized_prefill=config.attend_unquantized_prefill
-            )
+        if any(isinstance(module, KVQuantizer) for module in model.modules()):
+            attention.activate(model, attend_unquantized_prefill=config.attend_unquantized_prefill)
         checkpoint.attach(model)
         return model
 

@@ -12,7 +12,7 @@ METHOD = "flatquant"
 """Value of `quant_method`."""
 
 
-class FlatQuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class FlatQuantConfig(QuantizationConfigMixin):
     """What a checkpoint says about itself; plain JSON values only.
 
     Attributes:
@@ -38,7 +38,9 @@ class FlatQuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         **unknown: Any,
     ) -> None:
         if quant_method != METHOD:
-            raise ValueError(f"quantization_config: quant_method is {quant_method!r}, not {METHOD!r}")
+            raise ValueError(
+                f"quantization_config: quant_method is {quant_method!r}, not {METHOD!r}"
+            )
         if not isinstance(format_version, int) or not 1 <= format_version <= FORMAT_VERSION:
             raise ValueError(
                 f"quantization_config: format_version is {format_version!r}, this version of "

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum
 from typing import Any
 
 import torch
 from torch import nn
 
 
-class Site(StrEnum):
+class Site(str, Enum):
     """Where a change of basis sits in a decoder block (FlatQuant, section 3.2).
 
     ======== ===================== ============================ =======================

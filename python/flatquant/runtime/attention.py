@@ -12,14 +12,15 @@ import types
 from typing import Any
 
 import torch
-from flatquant_cuda import ops
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
 from flatquant.runtime.cache import ATTENTION, Int4Cache
-from flatquant.runtime.kv import KVQuantizer, PackedStates
+from flatquant.runtime.kv import KVQuantizer
+from flatquant.runtime.storage import PackedStates
+from flatquant_cuda import ops
 
 DECODE_QUERIES = 16
 """Longest query that is answered from the codes themselves; longer ones dequantize once."""
@@ -59,8 +60,8 @@ def flatquant_attention(
         [batch, t, heads, d] of the query's dtype, and None for the weights.
 
     Raises:
-        ValueError: an argument that changes the result and is not supported, or packed keys
-            without a quantizer.
+        ValueError: an argument that changes the result and is not supported, packed keys
+            without a quantizer, or packed keys in calibration.
     """
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
@@ -69,9 +70,11 @@ def flatquant_attention(
     length = key.shape[2]
     if attention_mask is not None:
         attention_mask = attention_mask[..., :length]
-    elif causal and isinstance(key, Tensor) and 1 < query.shape[2] < length:
-        # a static cache at its first call: the rest of the keys is still empty
-        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    elif isinstance(key, Tensor) and isinstance(value, Tensor):
+        queries = query.shape[2]
+        if causal and 1 < queries < length:
+            # a static cache at its first call: the rest of the keys is still empty
+            key, value = key[:, :, :queries], value[:, :, :queries]
     query, key, value = _quantized(module, query, key, value)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     mask = attention_mask
@@ -89,21 +92,22 @@ def _quantized(
 ) -> tuple[Tensor, Tensor | PackedStates, Tensor | PackedStates]:
     """Query in the basis of the stored keys, and quantized K and V; nothing is done twice."""
     fit = getattr(module, "kv_fit", None)
+    packed = isinstance(key, PackedStates) or isinstance(value, PackedStates)
     if fit is not None:
+        if packed:
+            raise ValueError("flatquant attention: calibration (kv_fit) needs use_cache=False")
         fitted: tuple[Tensor, Tensor, Tensor] = fit(query, key, value)
         return fitted
-    packed = isinstance(key, PackedStates) or isinstance(value, PackedStates)
     quantizer = getattr(module, "kv_quantizer", None)
-    if not isinstance(quantizer, KVQuantizer):
-        if packed:
+    if isinstance(key, PackedStates) or isinstance(value, PackedStates):
+        if not isinstance(quantizer, KVQuantizer):
             raise ValueError("flatquant attention: packed keys, but the module has no kv_quantizer")
-        return query, key, value
-    if packed:
         exact_k, exact_v = getattr(key, "exact", None), getattr(value, "exact", None)
         if exact_k is not None or exact_v is not None:
             return query, key if exact_k is None else exact_k, value if exact_v is None else exact_v
         return quantizer.rotate_query(query), key, value
-    assert isinstance(key, Tensor) and isinstance(value, Tensor)
+    if not isinstance(quantizer, KVQuantizer):
+        return query, key, value
     if quantizer.attend_unquantized_prefill and 1 < query.shape[2] == key.shape[2]:
         return query, key, value
     keys, values = quantizer.store(key, value, capacity=key.shape[2])
@@ -159,7 +163,7 @@ def _attend_float(
     poisoned = _poisoned(key, value)
     if poisoned is None:
         return out
-    return _spread(out, poisoned, _causal_mask(query, key) if flag else mask)
+    return _spread(out, poisoned, None if flag else mask, flag)
 
 
 def _poisoned(key: Tensor | PackedStates, value: Tensor | PackedStates) -> Tensor | None:
@@ -170,19 +174,24 @@ def _poisoned(key: Tensor | PackedStates, value: Tensor | PackedStates) -> Tenso
     return packed[0] if len(packed) == 1 else packed[0] | packed[1]
 
 
-def _spread(out: Tensor, poisoned: Tensor, mask: Tensor | None) -> Tensor:
+def _spread(out: Tensor, poisoned: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     """NaN for exactly the queries that attend to a poisoned position.
 
     The states there were dequantized to 0: a NaN would reach masked queries too, through
     0*NaN in the weighted sum.
     """
-    per_kv_head = poisoned.unsqueeze(2).to(torch.float32)  # [batch, kv_heads, 1, length]
-    per_head = per_kv_head.repeat_interleave(out.shape[1] // poisoned.shape[1], dim=1)
-    if mask is None:
-        hit = per_head.sum(-1, keepdim=True) > 0
+    if causal:  # query i attends to positions 0..i
+        hit = (poisoned.cumsum(-1) > 0).unsqueeze(-1)
+    elif mask is None:
+        hit = poisoned.any(-1)[..., None, None]
     else:
+        if not torch.compiler.is_compiling() and not bool(poisoned.any()):
+            return out  # spares the product below, which is as large as the mask
         attended = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
-        hit = (attended.to(torch.float32) @ per_head.transpose(2, 3)) > 0
+        per_head = poisoned.repeat_interleave(out.shape[1] // poisoned.shape[1], dim=1)
+        hit = (attended.to(torch.float32) @ per_head.unsqueeze(-1).to(torch.float32)) > 0
+    if hit.shape[1] != out.shape[1]:
+        hit = hit.repeat_interleave(out.shape[1] // hit.shape[1], dim=1)
     return out.masked_fill(hit, float("nan"))
 
 

@@ -12,12 +12,12 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from flatquant.runtime.kv import KVQuantizer, PackedStates, Storage
+from flatquant.runtime.kv import KVQuantizer
+from flatquant.runtime.storage import PackedStates, Storage
 
 ATTENTION = "flatquant"
 """Name of our attention function among transformers' attention implementations."""
@@ -42,7 +42,7 @@ class Int4Layer(DynamicLayer):
         if not isinstance(quantizer, KVQuantizer):
             raise TypeError(f"Int4Layer: kv_quantizer is a {type(quantizer).__name__}")
         self.quantizer = quantizer
-        self.config = attention.config
+        self.config: Any = attention.config
         self.is_sliding = sliding_window is not None
         self.sliding_window = sliding_window
         self.record_past = False

@@ -157,9 +157,9 @@ class QuantizedLinear(InputQuantizer):
 
     def _simulated(self, x: QuantizedActivation) -> Tensor:
         """The same numbers without the integer kernel: float64 products of codes are exact."""
-        bias = None if self.bias is None else self.bias.to(torch.float32)
         if x.value is not None or self.w_bits == 16:
-            return self._simulated_float(x, bias)
+            return self._simulated_float(x)
+        bias = None if self.bias is None else self.bias.to(torch.float32)
         codes = self._activation_codes(x).double()
         acc = (codes @ self.weight_codes().double().mT).to(torch.float32)
         out = acc * (x.scale.unsqueeze(-1) * self.weight_scale)
@@ -173,7 +173,7 @@ class QuantizedLinear(InputQuantizer):
         codes = codes.to(torch.int32)
         return codes if x.zero is None else codes - x.zero.unsqueeze(-1)
 
-    def _simulated_float(self, x: QuantizedActivation, bias: Tensor | None) -> Tensor:
+    def _simulated_float(self, x: QuantizedActivation) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         if x.value is None:
             value = self._activation_codes(x).to(wide) * x.scale.unsqueeze(-1).to(wide)
@@ -186,7 +186,7 @@ class QuantizedLinear(InputQuantizer):
             group = self.in_features // scale.shape[1]
             weight = self.weight_codes().to(wide) * scale.repeat_interleave(group, dim=1)
         out = value @ weight.mT
-        return (out if bias is None else out + bias.to(wide)).to(x.dtype)
+        return (out if self.bias is None else out + self.bias.to(wide)).to(x.dtype)
 
     def extra_repr(self) -> str:
         """For printing the model."""

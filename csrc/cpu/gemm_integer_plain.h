@@ -1,8 +1,8 @@
-// gemm_w4a4 and gemm_w4a8: out [m, n] = (a [m, k] w [n, k]^T) a_scale w_scale (+ bias) (+ residual),
-// the plain loops, and the choice among the variants. Arithmetic and layouts: ../contract.h, ../ops.h.
-#include "gemm_integer.h"
+// gemm_w4a4 and gemm_w4a8 as plain loops over the contract: codes are unpacked to int16, multiplied
+// and added. The compiler vectorises them a little; what the vector variants must agree with.
+#pragma once
 
-#include "pick.h"
+#include "gemm_integer.h"
 #include "scratch.h"
 
 namespace fq::cpu {
@@ -10,7 +10,7 @@ namespace {
 
 // One row of codes, as int16: two of them fit one multiply-add of every vector unit. Odd k: the
 // nibble after the last one is read (w4a4) or left out (w4a8), as ops.h says.
-void unpack(const uint8_t* row, int64_t k, bool is_signed, int16_t* out) {
+inline void unpack(const uint8_t* row, int64_t k, bool is_signed, int16_t* out) {
   const int16_t sign = is_signed ? 8 : 0;
   for (int64_t b = 0; b < nibble_bytes(k); ++b) {
     out[2 * b] = static_cast<int16_t>(((row[b] & 15) ^ sign) - sign);
@@ -18,19 +18,19 @@ void unpack(const uint8_t* row, int64_t k, bool is_signed, int16_t* out) {
   }
 }
 
-void widen(const uint8_t* row, int64_t k, bool is_signed, int16_t* out) {
+inline void widen(const uint8_t* row, int64_t k, bool is_signed, int16_t* out) {
   const int16_t sign = is_signed ? 128 : 0;
   for (int64_t i = 0; i < k; ++i) out[i] = static_cast<int16_t>((row[i] ^ sign) - sign);
 }
 
-int32_t dot(const int16_t* a, const int16_t* w, int64_t k) {
+inline int32_t dot(const int16_t* a, const int16_t* w, int64_t k) {
   int32_t sum = 0;
   for (int64_t i = 0; i < k; ++i) sum += int32_t{a[i]} * int32_t{w[i]};
   return sum;
 }
 
 template <bool kNibbles>
-void gemm(const GemmInteger& args, int64_t begin, int64_t end) {
+inline void gemm_plain(const GemmInteger& args, int64_t begin, int64_t end) {
   const Tiling tiles = tiling(args);
   const bool is_signed = args.a_zero == nullptr;
   const int64_t w_bytes = nibble_bytes(args.k), padded = 2 * w_bytes;
@@ -63,15 +63,4 @@ void gemm(const GemmInteger& args, int64_t begin, int64_t end) {
 }
 
 }  // namespace
-
-int64_t gemm_tiles(const GemmInteger& args) { return tiling(args).count(); }
-
-void gemm_w4a4(const GemmInteger& args, int64_t begin, int64_t end) {
-  pick<GemmIntegerKernel>(gemm<true>, kGemmW4A4Avx2, kGemmW4A4Avx512)(args, begin, end);
-}
-
-void gemm_w4a8(const GemmInteger& args, int64_t begin, int64_t end) {
-  pick<GemmIntegerKernel>(gemm<false>, kGemmW4A8Avx2, kGemmW4A8Avx512)(args, begin, end);
-}
-
 }  // namespace fq::cpu

@@ -1,0 +1,19 @@
+// attention_decode for AVX-512. See attention_body.h.
+#include "attention.h"
+#include "lanes.h"
+#include "scratch.h"
+
+namespace fq::cpu {
+namespace {
+
+#include "row_body.h"
+
+#include "attention_body.h"
+
+}  // namespace
+
+void attention_decode_avx512(const AttentionDecode& args, int64_t begin, int64_t end) {
+  attention_decode_body(args, begin, end);
+}
+
+}  // namespace fq::cpu

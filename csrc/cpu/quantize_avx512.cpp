@@ -1,0 +1,18 @@
+// quantize_activation for AVX-512: the plain loops, compiled for it.
+#include "quantize.h"
+
+namespace fq::cpu {
+namespace {
+
+#include "row_body.h"
+
+#include "quantize_body.h"
+
+}  // namespace
+
+void quantize_activation_avx512(const QuantizeActivation& args, int64_t begin, int64_t end,
+                                void* work) {
+  quantize_rows(args, begin, end, work);
+}
+
+}  // namespace fq::cpu
