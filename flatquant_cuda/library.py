@@ -32,15 +32,17 @@ _HERE = Path(__file__).parent
 _KEYS = {"cpu": "CPU", "cuda": "CUDA", "meta": "Meta"}
 
 
+_file = next(iter(sorted(_HERE.glob("_ops*.so"))), None)
+
+
 def _load() -> str | None:
     """Load the op library; returns why that failed, or None."""
-    found = sorted(_HERE.glob("_ops*.so"))
-    if not found:
+    if _file is None:
         return "it was not built (no _ops*.so beside flatquant_cuda/__init__.py)"
     try:
-        torch.ops.load_library(str(found[0]))  # type: ignore[no-untyped-call]
+        torch.ops.load_library(str(_file))  # type: ignore[no-untyped-call]
     except (OSError, RuntimeError) as error:
-        return f"{found[0].name} does not load: {error}"
+        return f"{_file.name} does not load: {error}"
     return None
 
 

@@ -397,7 +397,8 @@ def gemm_w4a8(
     return result
 
 
-def _fake_gemm(
+@_fake
+def _fake_gemm_w4a4(
     a: Tensor,
     a_scale: Tensor,
     a_zero: Tensor | None,
@@ -411,9 +412,19 @@ def _fake_gemm(
     return a.new_empty((*a.shape[:-1], w.shape[0]), dtype=out_dtype)
 
 
-if library.loaded:
-    torch.library.register_fake("flatquant_cuda::gemm_w4a4")(_fake_gemm)
-    torch.library.register_fake("flatquant_cuda::gemm_w4a8")(_fake_gemm)
+@_fake
+def _fake_gemm_w4a8(
+    a: Tensor,
+    a_scale: Tensor,
+    a_zero: Tensor | None,
+    w: Tensor,
+    w_scale: Tensor,
+    w_colsum: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return a.new_empty((*a.shape[:-1], w.shape[0]), dtype=out_dtype)
 
 
 def gemm_w4a16(

@@ -81,42 +81,46 @@ inline void in_groups(int64_t count, F f) {
   for (; i < count; ++i) f(Constant<1>(), i);
 }
 
-// What the mask adds to 16 scores of query u, -Inf where it may not attend; true if it may
-// anywhere.
-inline bool mask_lanes(const AttentionDecode& args, int64_t u, int64_t first, float* out) {
-  const int64_t count = args.length - first < kLanes ? args.length - first : kLanes;
-  for (int64_t l = count; l < kLanes; ++l) out[l] = kMinusInfinity;
-  if (args.mask_kind == Mask::kNone) {
-    for (int64_t l = 0; l < count; ++l) out[l] = 0.0f;
-    return count > 0;
-  }
+// What the mask adds to the scores of query u: -Inf where it may not attend.
+inline void mask_row(const AttentionDecode& args, int64_t u, int64_t width, float* out) {
   const int64_t b = u / (args.heads * args.tq), h = u / args.tq % args.heads, i = u % args.tq;
-  const int64_t* const s = args.mask_strides;
-  const int64_t base = b * s[0] + h * s[1] + i * s[2] + first * s[3];
-  if (args.mask_kind == Mask::kBool) {
-    const uint8_t* const mask = static_cast<const uint8_t*>(args.mask) + base;
-    if (s[3] == 1)
-      for (int64_t l = 0; l < count; ++l) out[l] = mask[l] ? 0.0f : kMinusInfinity;
-    else
-      for (int64_t l = 0; l < count; ++l) out[l] = mask[l * s[3]] ? 0.0f : kMinusInfinity;
-  } else if (s[3] == 1) {
-    widen_row(args.mask, args.mask_dtype, base, count, out);
-  } else {
-    for (int64_t l = 0; l < count; ++l) out[l] = load(args.mask, args.mask_dtype, base + l * s[3]);
-  }
-  int allowed = 0;
-  for (int64_t l = 0; l < kLanes; ++l) allowed |= out[l] != kMinusInfinity;
-  return allowed != 0;
+  const int64_t base =
+      b * args.mask_strides[0] + h * args.mask_strides[1] + i * args.mask_strides[2];
+  const int64_t stride = args.mask_strides[3], length = args.length;
+  const uint8_t* const allowed = static_cast<const uint8_t*>(args.mask) + base;
+  if (args.mask_kind == Mask::kNone)
+    for (int64_t j = 0; j < length; ++j) out[j] = 0.0f;
+  else if (args.mask_kind == Mask::kBool && stride == 1)
+    for (int64_t j = 0; j < length; ++j) out[j] = allowed[j] ? 0.0f : kMinusInfinity;
+  else if (args.mask_kind == Mask::kBool)
+    for (int64_t j = 0; j < length; ++j) out[j] = allowed[j * stride] ? 0.0f : kMinusInfinity;
+  else if (stride == 1)
+    widen_row(args.mask, args.mask_dtype, base, length, out);
+  else
+    for (int64_t j = 0; j < length; ++j)
+      out[j] = load(args.mask, args.mask_dtype, base + j * stride);
+  for (int64_t j = length; j < width; ++j) out[j] = kMinusInfinity;
+}
+
+// May one of the queries attend to one of the 16 positions from `first` on?
+inline bool any_allowed(const Workspace& space, int64_t count, int64_t first) {
+  uint32_t differs[kLanes] = {};  // bits in which a score is not -Inf
+  for (int64_t q = 0; q < count; ++q)
+    for (int l = 0; l < kLanes; ++l)
+      differs[l] |= bits_of(space.scores[q * space.score_width + first + l]) ^ 0xff800000u;
+  uint32_t any = 0;
+  for (int l = 0; l < kLanes; ++l) any |= differs[l];
+  return any != 0;
 }
 
 // Scores of queries [u, u + count) against all positions.
 inline void score_keys(const AttentionDecode& args, const Workspace& space, int64_t u,
                        int64_t count, int64_t cache_row) {
   const int64_t d = args.head_dim, key_bytes = packed_bytes(d, args.k_bits);
+  for (int64_t q = 0; q < count; ++q)
+    mask_row(args, u + q, space.score_width, space.scores + q * space.score_width);
   for (int64_t first = 0; first < args.length; first += kLanes) {
-    bool any = false;
-    for (int64_t q = 0; q < count; ++q)
-      any |= mask_lanes(args, u + q, first, space.scores + q * space.score_width + first);
+    const bool any = any_allowed(space, count, first);
     space.any_allowed[first / kLanes] = any;
     if (!any) continue;
 
@@ -162,11 +166,11 @@ inline void score_keys(const AttentionDecode& args, const Workspace& space, int6
 // max).
 inline float weigh(const AttentionDecode& args, const Workspace& space, float* scores,
                    int64_t cache_row) {
-  float highest[kLanes], total[kLanes];
-  for (int l = 0; l < kLanes; ++l) highest[l] = kMinusInfinity, total[l] = 0.0f;
+  Floats most = Floats::splat(kMinusInfinity);
   for (int64_t first = 0; first < args.length; first += kLanes)
-    for (int l = 0; l < kLanes; ++l)  // a NaN is passed over here, and comes back as exp(NaN)
-      highest[l] = scores[first + l] > highest[l] ? scores[first + l] : highest[l];
+    most = larger(Floats::load(scores + first), most);  // without a NaN: it returns as exp(NaN)
+  float highest[kLanes], total[kLanes] = {};
+  most.store(highest);
   float max = kMinusInfinity;
   for (int l = 0; l < kLanes; ++l) max = highest[l] > max ? highest[l] : max;
 
@@ -250,14 +254,28 @@ inline void add_values(const AttentionDecode& args, const Workspace& space, int6
   }
 }
 
-// out = sums / total, back in the order of the elements, for query u.
-inline void finish(const AttentionDecode& args, const Workspace& space, const float* sums,
-                   float total, int64_t u) {
-  const int per_byte = 8 / code_width(args.v_bits);
-  for (int64_t i = 0; i < args.head_dim; ++i) {
-    const float sum = sums[i % per_byte * space.plane + i / per_byte];
-    store(args.out, args.dtype, u * args.head_dim + i, total == 0.0f ? 0.0f : sum / total);
-  }
+// The rows of planes, back in the order of the elements.
+template <int kPerByte>
+inline void interleave(const float* planes, int64_t plane, int64_t d, float* out) {
+  const int64_t whole = d / kPerByte;
+  for (int64_t b = 0; b < whole; ++b)
+    for (int i = 0; i < kPerByte; ++i) out[b * kPerByte + i] = planes[i * plane + b];
+  for (int64_t i = whole * kPerByte; i < d; ++i) out[i] = planes[i % kPerByte * plane + whole];
+}
+
+// out = sums / total for query u. Overwrites the first row of the value tile.
+inline void finish(const AttentionDecode& args, const Workspace& space, float* sums, float total,
+                   int64_t u) {
+  const int64_t d = args.head_dim;
+  for (int64_t i = 0; i < space.value_width; ++i) sums[i] = total == 0.0f ? 0.0f : sums[i] / total;
+  float* const row = space.value_tile;
+  if (args.v_bits == 2)
+    interleave<4>(sums, space.plane, d, row);
+  else if (args.v_bits <= 4)
+    interleave<2>(sums, space.plane, d, row);
+  else
+    interleave<1>(sums, space.plane, d, row);
+  narrow_row(row, args.dtype, u * d, d, args.out);
 }
 
 inline void attention_decode_body(const AttentionDecode& args, int64_t begin, int64_t end) {

@@ -1,6 +1,6 @@
 // Sixteen floats at a time, on any instruction set: one AVX-512 register, two AVX registers or an
 // array. Every operation is one IEEE operation per lane, so a kernel written with them gives the
-// same bits in every file that compiles it.
+// same bits in every file that compiles it. larger(a, b) is a > b ? a : b: b if one is NaN.
 #pragma once
 
 #include <cstdint>
@@ -40,6 +40,7 @@ FQ_LANES Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}
 FQ_LANES Floats operator-(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
 FQ_LANES Floats operator*(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
 FQ_LANES Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+FQ_LANES Floats larger(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
 
 #elif defined(__AVX2__) && defined(__FMA__)
 
@@ -72,6 +73,9 @@ FQ_LANES Floats operator*(Floats a, Floats b) {
 }
 FQ_LANES Floats fma(Floats a, Floats b, Floats c) {
   return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+FQ_LANES Floats larger(Floats a, Floats b) {
+  return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)};
 }
 
 #else
@@ -110,6 +114,9 @@ FQ_LANES Floats operator*(const Floats& a, const Floats& b) {
 }
 FQ_LANES Floats fma(const Floats& a, const Floats& b, const Floats& c) {
   return Floats::each([&](int i) { return fq::fma(a.v[i], b.v[i], c.v[i]); });
+}
+FQ_LANES Floats larger(const Floats& a, const Floats& b) {
+  return Floats::each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
 }
 
 #endif

@@ -146,8 +146,8 @@ Prepared<GemmInteger, Tensor> integer_gemm(const Checks& check, const Tensor& a,
   args.m = rows.count;
   args.n = n;
   args.k = k;
-  p.units = cpu::gemm_tiles(args);
-  p.work = 1 + rows.count * n * k / 128 / (p.units > 0 ? p.units : 1);
+  p.units = rows.count * n;
+  p.work = (rows.count + 1) * n * k / 128;
   return p;
 }
 
@@ -312,8 +312,8 @@ Prepared<GemmW4A16, Tensor> gemm_w4a16(Tensor x, Tensor w, Tensor w_scale, Maybe
   args.k = rows.k;
   p.out = empty(x, with(rows.lead, args.n), x.scalar_type());
   args.out = p.out.mutable_data_ptr();
-  p.units = cpu::gemm_tiles(args);
-  p.work = 1 + rows.count * args.n * rows.k / 32 / (p.units > 0 ? p.units : 1);
+  p.units = rows.count * args.n;
+  p.work = (rows.count + 4) * args.n * rows.k / 32;
   return p;
 }
 
@@ -435,7 +435,7 @@ Prepared<AttentionDecode, Tensor> attention_decode(Tensor q, Tensor k_codes, Ten
   p.out = empty(q, shape_of(q), q.scalar_type());
   args.out = p.out.mutable_data_ptr();
   p.units = args.batch * args.heads * args.tq;
-  p.work = 1 + length * args.head_dim / 4;
+  p.work = p.units * (1 + length * args.head_dim / 8);
   return p;
 }
 
@@ -469,7 +469,7 @@ Prepared<FakeQuantize, Tensor> fake_quantize(Tensor x, Tensor clip, int64_t bits
   p.out = empty(x, shape_of(x), ScalarType::Float);
   p.args.y = static_cast<float*>(p.out.mutable_data_ptr());
   p.units = p.args.rows;
-  p.work = p.args.k / 2;
+  p.work = p.args.rows * (1 + p.args.k / 2);
   return p;
 }
 
@@ -486,7 +486,7 @@ Prepared<FakeQuantizeBackward, std::tuple<Tensor, Tensor>> fake_quantize_backwar
   p.args.grad_clip = static_cast<float*>(grad_clip.mutable_data_ptr());
   p.out = {grad_x, grad_clip};
   p.units = p.args.rows;
-  p.work = p.args.k / 2;
+  p.work = p.args.rows * (1 + p.args.k / 2);
   return p;
 }
 

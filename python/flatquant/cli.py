@@ -147,14 +147,11 @@ class Kernels:
 
     def run(self) -> int:
         """Print the build information."""
-        import flatquant_cuda
+        from flatquant_cuda import build_info
+        from flatquant_cuda.__main__ import describe
 
-        info = flatquant_cuda.build_info()
-        if self.json:
-            print(json.dumps(info, indent=2, default=str))
-        else:
-            for key, value in info.items():
-                print(f"{key}: {value}")
+        info = build_info()
+        print(json.dumps(info, indent=2) if self.json else describe(info))
         return 0
 
 

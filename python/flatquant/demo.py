@@ -53,7 +53,7 @@ class Demo:
         if not self.quick:
             return self
         small = {"samples": 4, "seqlen": 128, "epochs": 2, "max_windows": 4}
-        untouched = {
+        untouched: dict[str, Any] = {
             entry.name: small[entry.name]
             for entry in fields(self)
             if entry.name in small and getattr(self, entry.name) == entry.default

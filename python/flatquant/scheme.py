@@ -54,6 +54,17 @@ class Scheme:
                     "GEMM has one weight scale per output channel; use a_bits=16 or no groups"
                 )
 
+    def check_width(self, channels: int) -> None:
+        """Refuse a layer whose input channels the weight groups do not divide.
+
+        Raises:
+            ValueError: naming both numbers.
+        """
+        if self.w_group is not None and channels % self.w_group:
+            raise ValueError(
+                f"w_group={self.w_group} does not divide the layer's {channels} input channels"
+            )
+
     @property
     def quantizes_weights(self) -> bool:
         """Whether the linears' weights are quantized."""

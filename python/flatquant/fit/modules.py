@@ -89,6 +89,7 @@ class LinearFit(nn.Module):
         self.online = online
         self.amp = amp
         scheme = group.scheme
+        scheme.check_width(module.in_features)
         rows = module.out_features
         self.clip = LearnedClip(rows) if clip and scheme.quantizes_weights else None
         self.input_right: FrozenTransform | None = None

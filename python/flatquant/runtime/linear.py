@@ -55,7 +55,8 @@ class QuantizedLinear(InputQuantizer):
 
         packed = self._packed_width()
         storage = torch.int8 if 4 < self.w_bits < 16 else torch.uint8
-        groups = () if self.w_group is None else (_group_count(in_features, self.w_group),)
+        scheme.check_width(in_features)
+        groups = () if self.w_group is None else (in_features // self.w_group,)
         self.register_buffer(
             "weight_packed", empty(quantized, out_features, packed, kind=storage)
         )
@@ -203,8 +204,3 @@ def _kernel_of(w_bits: int, a_bits: int) -> str:
         return "gemm_w4a4"
     return "gemm_w4a8" if a_bits <= 8 else "gemm_w4a16"
 
-
-def _group_count(width: int, group: int) -> int:
-    if width % group:
-        raise ValueError(f"w_group={group} does not divide the layer's {width} input channels")
-    return width // group

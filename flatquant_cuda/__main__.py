@@ -1,0 +1,54 @@
+"""``python -m flatquant_cuda``: what is built and why not the rest; ``--json`` for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from .library import build_info
+
+
+def describe(info: dict[str, Any]) -> str:
+    """Format :func:`flatquant_cuda.build_info` for people."""
+    build = info["build"]
+    torch = f"{info['torch']}, " + (f"CUDA {info['torch_cuda']}" if info["torch_cuda"] else "CPU")
+    rows = [
+        ("library", info["library"]),
+        ("python", f"{info['python']} on {info['machine']}"),
+        ("torch", torch),
+        ("CPU runs on", info["cpu_isa"]),
+        ("CUDA devices", ", ".join(info["cuda_devices"]) or "none"),
+    ]
+    if build:
+        rows += [
+            ("built with", f"{build['setting']}; torch {build['torch']}; {build['compiler']}"),
+            ("nvcc", build["nvcc"] or "none"),
+            ("CPU variants", ", ".join(build["cpu_isas"])),
+        ]
+        rows += [
+            (f"CUDA {source}", ", ".join(names))
+            for source, names in build["cuda_architectures"].items()
+        ]
+        rows += [(f"not built: {what}", why) for what, why in build["not_built"].items()]
+    for device, ops in info["ops"].items():
+        for backend in ("native", "reference"):
+            names = [op for op, found in ops.items() if found == backend]
+            if names:
+                rows.append((f"{device} {backend}", ", ".join(names)))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def main(arguments: list[str]) -> int:
+    """Print the description; returns the exit status."""
+    if arguments not in ([], ["--json"]):
+        print("usage: python -m flatquant_cuda [--json]", file=sys.stderr)
+        return 2
+    info = build_info()
+    print(json.dumps(info, indent=2) if arguments else describe(info))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
