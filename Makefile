@@ -30,7 +30,7 @@ STAMPS := $(VENV)/.stamps
 
 # CMake and Ninja come from the environment; the nvcc that setup.py finds stays where it is.
 export PATH := $(BIN):$(PATH)
-# One thread a core, unless the caller knows better: containers often show more cores than they grant.
+# One thread a core, unless the caller knows better.
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 1)
 export MAX_JOBS ?= $(OMP_NUM_THREADS)
 
@@ -60,7 +60,7 @@ $(STAMPS)/torch: $(STAMPS)/venv
 	  echo "make: torch $(TORCH_VERSION) is already there"; \
 	elif ! $(PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "torch==$(TORCH_VERSION)+cpu"; then \
 	  echo "make: no torch $(TORCH_VERSION)+cpu for this Python in pip's package sources."; \
-	  echo "make: installing torch $(TORCH_VERSION) with its CUDA packages instead: about 3 GB to download, 5 GB on disk."; \
+	  echo "make: installing torch $(TORCH_VERSION) with its CUDA packages instead: 2 GB or more to download, about 5 GB on disk."; \
 	  echo "make: TORCH_INDEX=https://download.pytorch.org/whl/cpu finds the small one (about 0.2 GB) where that site can be reached."; \
 	  $(PIP) install "torch==$(TORCH_VERSION)"; \
 	fi

@@ -16,21 +16,51 @@
 // unpacking.
 
 constexpr int64_t kDepth = 128;  // k of one unpacked tile
+constexpr int64_t kPart = 32;    // products summed up before they join a sum
 static_assert(kTileColumns == kLanes, "the lanes are the columns of a tile");
 
 inline Tiling tiling(const GemmW4A16& args) {
   return Tiling(args.m, args.n, args.k * static_cast<int64_t>(sizeof(float)));
 }
 
-// totals[r] += scale * sum over k in [0, count) of x[r, k] codes[k], for kRows rows.
+// totals[r] += scale * sum over k in [0, count) of x[r, k] codes[k], for kRows rows. The sum is made
+// of parts of kPart; several parts go side by side where the rows alone are too few to hide the
+// latency of an addition. That changes no order: a part's own sum is the same, and parts join in turn.
+template <int kRows, int kParts>
+inline int64_t add_parts(const float* x, int64_t stride, const float* codes, int64_t first,
+                         int64_t count, Floats* sums) {
+  for (; first + kParts * kPart <= count; first += kParts * kPart) {
+    Floats parts[kRows][kParts];
+    for (int r = 0; r < kRows; ++r)
+      for (int p = 0; p < kParts; ++p) parts[r][p] = Floats::splat(0.0f);
+    for (int64_t k = first; k < first + kPart; ++k)
+      for (int p = 0; p < kParts; ++p) {
+        const Floats code = Floats::load(codes + (k + p * kPart) * kLanes);
+        for (int r = 0; r < kRows; ++r)
+          parts[r][p] = fma(Floats::splat(x[r * stride + k + p * kPart]), code, parts[r][p]);
+      }
+    for (int r = 0; r < kRows; ++r)
+      for (int p = 0; p < kParts; ++p) sums[r] = sums[r] + parts[r][p];
+  }
+  return first;
+}
+
 template <int kRows>
 inline void add_segment(const float* x, int64_t stride, const float* codes, int64_t count,
                         Floats scale, float* totals) {
   Floats sums[kRows];
   for (int r = 0; r < kRows; ++r) sums[r] = Floats::splat(0.0f);
-  for (int64_t k = 0; k < count; ++k) {
-    const Floats code = Floats::load(codes + k * kLanes);
-    for (int r = 0; r < kRows; ++r) sums[r] = fma(Floats::splat(x[r * stride + k]), code, sums[r]);
+  int64_t done = 0;
+  if (kRows <= 2) done = add_parts<kRows, 4>(x, stride, codes, done, count, sums);
+  done = add_parts<kRows, 1>(x, stride, codes, done, count, sums);
+  if (done < count) {
+    Floats rest[kRows];
+    for (int r = 0; r < kRows; ++r) rest[r] = Floats::splat(0.0f);
+    for (int64_t k = done; k < count; ++k)
+      for (int r = 0; r < kRows; ++r)
+        rest[r] =
+            fma(Floats::splat(x[r * stride + k]), Floats::load(codes + k * kLanes), rest[r]);
+    for (int r = 0; r < kRows; ++r) sums[r] = sums[r] + rest[r];
   }
   for (int r = 0; r < kRows; ++r)
     fma(sums[r], scale, Floats::load(totals + r * kLanes)).store(totals + r * kLanes);

@@ -13,7 +13,7 @@ import flatquant_cuda as fq
 import torch
 from torch import Tensor
 
-from flatquant.fit.modules import BlockFit, GroupFit, LinearFit
+from flatquant.fit.modules import BlockFit, GroupFit, LinearFit, transformed_weight
 from flatquant.models.spec import Site
 from flatquant.scheme import Scheme
 from flatquant.transforms.base import FrozenTransform, Transform
@@ -71,8 +71,9 @@ def merge_block(
     row_scales = _row_scales(fit, channels)
     for name, linear in fit.linears.items():
         site = _site_of(fit, linear)
-        weight, bias = _final_weight(
-            linear,
+        weight, bias = transformed_weight(
+            linear.weight.double(),
+            None if linear.bias is None else linear.bias.double(),
             frozen.get(site, FrozenTransform()),
             channels.get(site),
             values if name == family.value else None,
@@ -118,24 +119,6 @@ def _row_scales(fit: BlockFit, channels: Mapping[str, Tensor | None]) -> dict[st
                 raise ValueError(f"{group.site.value}: nothing can absorb a per-channel scale")
             scales[group.scaled_by] = channel
     return scales
-
-
-def _final_weight(
-    linear: LinearFit,
-    matrices: FrozenTransform,
-    channel: Tensor | None,
-    output: FrozenTransform | None,
-    input_right: FrozenTransform | None,
-) -> tuple[Tensor, Tensor | None]:
-    """W' and b' in float64, by the very expression that was fitted (LinearFit.transformed)."""
-    shared = GroupFit(None, None, linear.group.scheme)
-    shared.now, shared.channel = matrices, channel
-    double = LinearFit.__new__(LinearFit)
-    torch.nn.Module.__init__(double)
-    double.weight = linear.weight.double()
-    double.bias = None if linear.bias is None else linear.bias.double()
-    double.group, double.output, double.input_right = shared, output, input_right
-    return double.transformed()
 
 
 def _round(

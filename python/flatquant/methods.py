@@ -55,7 +55,7 @@ def _flatquant(scheme: Scheme) -> Recipe:
 
 def _flatquant_paper(scheme: Scheme) -> Recipe:
     """The authors' settings: Cayley start, c free in sign, AdamW's default weight decay."""
-    paper = ScaleConfig(positive=False)
+    paper = ScaleConfig(start="smooth", positive=False)
     recipe = _flatquant(scheme)
     return replace(
         recipe,

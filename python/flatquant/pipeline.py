@@ -203,7 +203,8 @@ def _hessians(block: nn.Module, fit: BlockFit, run: BlockRunner, hidden: Tensor)
                 x = x.to(linear.weight.dtype)
                 collector(shared.activation(x) if linear.online else x)
 
-            with _watching_fit(block, group.linears[0], fit, see):
+            # the stand-in is in the block only during the forward pass, so it is watched itself
+            with watching(nn.ModuleDict({"linear": linear}), {"linear": see}):
                 for part in hidden.split(fit.context.recipe.fit.batch_size):
                     forward_fit(block, fit, run, part, family.attention)
             if collector.hessian is None:
@@ -212,16 +213,6 @@ def _hessians(block: nn.Module, fit: BlockFit, run: BlockRunner, hidden: Tensor)
         return cache[group.site.value]
 
     return hessian_of
-
-
-@contextmanager
-def _watching_fit(block: nn.Module, name: str, fit: BlockFit, see: Any) -> Iterator[None]:
-    """Watch the stand-in of a linear, which is only in place during the forward pass."""
-    del block
-    root = nn.Module()
-    root.add_module("linear", fit.linears[name])
-    with watching(root, {"linear": see}):
-        yield
 
 
 def _overridden(recipe: Recipe, epochs: int | None, weights: str | None) -> Recipe:

@@ -15,14 +15,14 @@ class ScaleConfig:
     """Per-channel scale c before the transform, merged into what produces the input.
 
     Attributes:
-        start: "smooth": c = w^(1−α)/x^α from the extrema of weights and inputs (SmoothQuant);
-            "alignment": c = (Σ_j w_ji² / E[x_i²])^(1/4), which makes inputs and weights agree
-            best; "one": 1.
+        start: "alignment": c = (Σ_j w_ji² / E[x_i²])^(1/4), which minimises Σc²E[x²]·Σw²/c²
+            (the diagonal case of CAT, arXiv 2603.04359); "smooth": c = w^(1−α)/x^α from the
+            extrema of weights and inputs (the authors' choice, α = 0.3); "one": 1.
         alpha: the exponent of "smooth".
         positive: learn log c, so that c never changes sign.
     """
 
-    start: str = "smooth"
+    start: str = "alignment"
     alpha: float = 0.3
     positive: bool = True
 
@@ -41,7 +41,8 @@ class FitConfig:
         epochs: passes over the calibration samples; 0 keeps every start value.
         batch_size: samples per forward pass.
         accumulate: forward passes per optimiser step.
-        lr: learning rate of transforms and scales.
+        lr: learning rate of transforms.
+        scale_lr: learning rate of per-channel scales.
         clip_lr: learning rate of clip logits.
         min_lr: rate at the end of the cosine schedule.
         warmup_steps: linear warm-up from a hundredth of the rate.
@@ -55,6 +56,7 @@ class FitConfig:
     batch_size: int = 4
     accumulate: int = 1
     lr: float = 5e-3
+    scale_lr: float = 5e-3
     clip_lr: float = 5e-2
     min_lr: float = 5e-6
     warmup_steps: int = 0

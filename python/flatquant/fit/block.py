@@ -84,10 +84,10 @@ def fit_block(
         FitDivergedError: naming block, epoch and remedy.
     """
     began = time.monotonic()
-    transforms, clips = fit.parameter_groups()
+    peaks = {"transforms": config.lr, "scales": config.scale_lr, "clips": config.clip_lr}
     groups = [
-        {"params": params, "peak": peak}
-        for params, peak in ((transforms, config.lr), (clips, config.clip_lr))
+        {"params": params, "peak": peaks[kind]}
+        for kind, params in fit.parameter_groups().items()
         if params
     ]
     if not groups or config.epochs == 0:

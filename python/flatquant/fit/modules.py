@@ -73,6 +73,40 @@ class NormFit(nn.Module):
         return self.group.activation(self.plain(x))
 
 
+def transformed_weight(
+    weight: Tensor,
+    bias: Tensor | None,
+    matrices: FrozenTransform,
+    channel: Tensor | None,
+    output: FrozenTransform | None,
+    input_right: FrozenTransform | None,
+) -> tuple[Tensor, Tensor | None]:
+    """W' and b' of a linear whose input and output change basis.
+
+    Args:
+        weight: [out, in].
+        bias: [out] or None.
+        matrices: transform of the input.
+        channel: per-channel scale c of the input [in], or None.
+        output: P_v, for v_proj: W' = P_vᵀ·W in every head, b' likewise.
+        input_right: P_v, for o_proj: the right factor of its input's transform, merged in v_proj.
+    """
+    if output is not None and output.right is not None:
+        right = output.right.to(weight.dtype)
+        head_dim = right.shape[0]
+        shape = weight.shape
+        weight = (right.mT @ weight.reshape(-1, head_dim, shape[1])).reshape(shape)
+        if bias is not None:
+            bias = (bias.reshape(-1, head_dim) @ right).reshape(-1)
+    if channel is not None:
+        weight = weight / channel
+    if input_right is not None:
+        matrices = FrozenTransform(
+            left_inv_t=matrices.left_inv_t, right_inv_t=input_right.right_inv_t
+        )
+    return transform_rows(weight, matrices, inverse=True), bias
+
+
 class LinearFit(nn.Module):
     """A linear with a learnable input basis, output basis (v_proj) and weight clip."""
 
@@ -100,24 +134,10 @@ class LinearFit(nn.Module):
 
     def transformed(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias in the bases of input and output, before quantization."""
-        weight, bias = self.weight, self.bias
-        if self.output is not None and self.output.right is not None:
-            # v_proj: rows of every head are mixed by P_v, W' = P_vᵀ·W per head, b' likewise
-            right = self.output.right.to(weight.dtype)
-            head_dim = right.shape[0]
-            shape = weight.shape
-            weight = (right.mT @ weight.reshape(-1, head_dim, shape[1])).reshape(shape)
-            if bias is not None:
-                bias = (bias.reshape(-1, head_dim) @ right).reshape(-1)
-        if self.group.channel is not None:
-            weight = weight / self.group.channel
-        matrices = self.group.now
-        if self.input_right is not None:
-            # o_proj sees P_o ⊗ P_v: the right factor was merged into v_proj
-            matrices = FrozenTransform(
-                left_inv_t=matrices.left_inv_t, right_inv_t=self.input_right.right_inv_t
-            )
-        return transform_rows(weight, matrices, inverse=True), bias
+        group = self.group
+        return transformed_weight(
+            self.weight, self.bias, group.now, group.channel, self.output, self.input_right
+        )
 
     def refresh(self) -> None:
         """Compute the fake-quantized weight for the next forward pass."""
@@ -273,16 +293,19 @@ class BlockFit(nn.Module):
             shared = self.groups[site.value]
             shared.scale = ChannelScale(start, positive=config.positive)
 
-    def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """(transforms and scales, clip logits)."""
-        clips = {
-            id(p) for m in self.modules() if isinstance(m, LearnedClip) for p in m.parameters()
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Learnable parameters by kind: "transforms", "scales" and "clips"."""
+        kinds: dict[str, list[nn.Parameter]] = {"transforms": [], "scales": [], "clips": []}
+        owner = {
+            id(parameter): kind
+            for module in self.modules()
+            for kind, owned in (("scales", ChannelScale), ("clips", LearnedClip))
+            if isinstance(module, owned)
+            for parameter in module.parameters()
         }
-        everything = list(self.parameters())
-        return (
-            [p for p in everything if id(p) not in clips],
-            [p for p in everything if id(p) in clips],
-        )
+        for parameter in self.parameters():
+            kinds[owner.get(id(parameter), "transforms")].append(parameter)
+        return kinds
 
     def refresh(self) -> None:
         """Recompute everything the forward pass shares."""
