@@ -173,9 +173,9 @@ struct ScaleZero {
   int32_t zero;
 };
 
-// rhe(clamp(x, lo, hi)) = clamp(rhe(x), lo, hi) for integers lo <= hi inside +-2^22: adding 1.5 *
-// 2^23 leaves no bit for a fraction, and the addition itself rounds half to even. x must not be
-// NaN.
+// rhe(clamp(x, lo, hi)) = clamp(rhe(x), lo, hi) for integers lo <= hi inside +-2^22. Adding
+// 12582912 = 1.5 2^23 leaves no bit for a fraction, and the addition itself rounds half to even. x
+// is no NaN.
 FQ_HD float clamp_round(float x, float lo, float hi) {
   const float bounded = x < lo ? lo : x > hi ? hi : x;
   return (bounded + 12582912.0f) - 12582912.0f;
@@ -220,20 +220,17 @@ FQ_HD float value(int32_t q, int32_t zero, float scale) {
 FQ_HD uint8_t pack_nibbles(int32_t even, int32_t odd) {
   return static_cast<uint8_t>((even & 15) | ((odd & 15) << 4));
 }
-FQ_HD int32_t nibble(uint8_t byte, int64_t i) {
-  return (byte >> ((i & 1) * 4)) & 15;
-}  // unsigned code i
-FQ_HD int32_t signed_nibble(uint8_t byte, int64_t i) {
-  return (nibble(byte, i) ^ 8) - 8;
-}  // two's complement
-FQ_HD int32_t crumb(uint8_t byte, int64_t i) {
-  return (byte >> ((i & 3) * 2)) & 3;
-}  // 2-bit codes, four a byte
+
+// Code i of a row, whose byte this is: nibbles are two a byte, crumbs four.
+FQ_HD int32_t nibble(uint8_t byte, int64_t i) { return (byte >> ((i & 1) * 4)) & 15; }
+FQ_HD int32_t signed_nibble(uint8_t byte, int64_t i) { return (nibble(byte, i) ^ 8) - 8; }
+FQ_HD int32_t crumb(uint8_t byte, int64_t i) { return (byte >> ((i & 3) * 2)) & 3; }
 FQ_HD int32_t signed_crumb(uint8_t byte, int64_t i) { return (crumb(byte, i) ^ 2) - 2; }
+
 FQ_HD int64_t nibble_bytes(int64_t k) { return (k + 1) / 2; }
 
-// Bytes of k stored codes: KV cache and weight-only weights (2 bits: four a byte; 3, 4:
-// nibbles; 5..8: bytes).
+// Bytes of k stored codes of the KV cache or of weight-only weights: 2 bits four a byte, 3 and 4
+// bits in nibbles, 5 to 8 bits in bytes.
 FQ_HD int64_t packed_bytes(int64_t k, int bits) {
   return bits == 2 ? (k + 3) / 4 : bits <= 4 ? (k + 1) / 2 : k;
 }
@@ -253,7 +250,7 @@ FQ_HD float rms_reciprocal(float sum_of_squares, int64_t k, float eps) {
   return 1.0f / square_root(sum_of_squares / static_cast<float>(k) + eps);
 }
 
-// exp(x) within 1 ulp where the result is normal; +Inf above ln(FLT_MAX), 0 far below, NaN for NaN.
+// exp(x) within 1.1 ulp where that is normal; +Inf above ln(FLT_MAX), 0 far below, NaN for NaN.
 // A polynomial of our own, because libm's exp is not the same on every machine and cannot be
 // vectorised portably.
 FQ_HD float exponential(float x) {

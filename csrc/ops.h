@@ -37,8 +37,7 @@ struct QuantizeActivation {
   Grid grid;
 };
 
-// The online transform of one row x [k]: c is multiplied in, then vec(P1^T X P2), X = x.reshape(n1,
-// n2).
+// The online transform of one row x [k]: times c, then vec(P1^T X P2), where X = x.reshape(n1, n2).
 struct Transform {
   const float* channel_scale;  // c: [k], optional: v = round_T(x * c)
   const void* left;            // P1^T [n1, n1], optional: identity; rounded to T before use
@@ -72,13 +71,12 @@ struct KroneckerQuantize {
   Grid grid;
 };
 
-// y = round_T((x (base (x) H_2^j)) * scale): Sylvester's Hadamard matrix of size `power`, times a
-// small one. Outer dimension: rows.
+// y = round_T((x (base (x) H)) * scale), H Sylvester's Hadamard matrix [power, power]: as matrices
+// [m, power], Y = base^T X H * scale. Outer dimension: rows.
 struct Hadamard {
-  const void* x;     // T [rows, n]
-  const void* base;  // base_dtype [m, m], entries +-1, optional: m = 1; y[i', :] = sum_i x[i, :]
-                     // base[i, i']
-  void* out;         // T [rows, n]
+  const void* x;              // T [rows, n]
+  const void* base;           // base_dtype [m, m], entries +-1, optional: m = 1
+  void* out;                  // T [rows, n]
   int64_t rows, n, m, power;  // n = m * power, power = 2^j
   float scale;
   Dtype dtype, base_dtype;
@@ -87,10 +85,11 @@ struct Hadamard {
 // out = round(float(sum_k a w) * (a_scale * w_scale) + bias), then round(residual + out). Outer
 // dimension: tiles of the output, cpu::gemm_tiles(args) of them; a one-row call has several too, so
 // that it can use every core. A thread's tiles should be consecutive: they share the rows of a.
-//   w4a4: a holds nibbles [m, k / 2]; signed, or unsigned if a_zero is given.   w4a8: a holds int8
-//   [m, k], or uint8 if a_zero is given. An odd k leaves the last high nibble of every row 0, in a
-//   and in w. w4a4 does not know about odd k: k is then rounded up to even. With a_zero: the
-//   accumulator is sum_k a w - a_zero * w_colsum, in int32.
+//   w4a4: a holds nibbles [m, k / 2]: signed, or unsigned if a_zero is given.
+//   w4a8: a holds int8 [m, k], or uint8 if a_zero is given.
+//   An odd k leaves the last high nibble of every row 0, in a and in w; w4a4 does not know about
+//   it: its k is then rounded up to even. With a_zero the accumulator is sum_k a w - a_zero *
+//   w_colsum, in int32.
 struct GemmInteger {
   const uint8_t* a;
   const float* a_scale;     // [m]
@@ -118,13 +117,11 @@ struct GemmW4A16 {
   Dtype dtype, bias_dtype;
 };
 
-// x -> asymmetric codes per token and head, written into a cache at positions start .. start + t
-// - 1. Outer dimension: batch_heads * t, the rows of x; row r is head r / t, position start + r %
-// t.
+// x -> asymmetric codes per token and head, written into a cache from position `start` on. Outer
+// dimension: batch_heads * t, the rows of x; row r is head r / t, position start + r % t.
 struct KvQuantizeAppend {
   const void* x;          // T [batch_heads, t, head_dim]
-  const void* transform;  // transform_dtype [head_dim, head_dim], optional: y = x @
-                          // round_T(transform), float32, not rounded
+  const void* transform;  // P: transform_dtype [head_dim, head_dim], optional; y = x round_T(P)
   const float* clip;      // [2] = (max, min), optional
   uint8_t* codes;         // [batch_heads, capacity, packed_bytes(head_dim, bits)], unsigned codes
   float* scale;           // [batch_heads, capacity]
@@ -163,8 +160,7 @@ struct AttentionDecode {
   const uint8_t* v_codes;  // [batch, kv_heads, capacity, packed_bytes(head_dim, v_bits)]
   const float* v_scale;
   const uint8_t* v_zero;
-  const void* mask;  // bool bytes or mask_dtype, element [b, h, i, j] at b * strides[0] + h *
-                     // strides[1] + i * strides[2] + j * strides[3]
+  const void* mask;  // bool bytes or mask_dtype [batch, heads, tq, length], by mask_strides
   void* out;         // T [batch, heads, tq, head_dim]
   int64_t batch, heads, kv_heads, tq, head_dim, capacity, length;
   int64_t mask_strides[4];  // in elements; 0 where the mask is broadcast
@@ -212,8 +208,8 @@ void kv_quantize_append(const KvQuantizeAppend& args, int64_t begin,
                         int64_t end);                                      // batch_heads * t
 void kv_dequantize(const KvDequantize& args, int64_t begin, int64_t end);  // batch_heads * length
 void attention_decode(const AttentionDecode& args, int64_t begin,
-                      int64_t end);  // batch * heads * tq
-void fake_quantize(const FakeQuantize& args, int64_t begin, int64_t end);                   // rows
+                      int64_t end);                                        // batch * heads * tq
+void fake_quantize(const FakeQuantize& args, int64_t begin, int64_t end);  // rows
 void fake_quantize_backward(const FakeQuantizeBackward& args, int64_t begin, int64_t end);  // rows
 
 }  // namespace cpu

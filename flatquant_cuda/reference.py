@@ -163,7 +163,7 @@ def kronecker_quantize(
 def _fake_grid(
     x: Tensor, clip: Tensor, bits: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Upper end, lower end, scale, lowest and highest code relative to the zero point; [rows, 1]."""
+    """Both ends of the range, scale, lowest and highest code relative to zero; each [rows, 1]."""
     ratio = clip.reshape(2, -1, 1)
     high = x.amax(-1, keepdim=True).clamp_min(0) * ratio[0]
     low = x.amin(-1, keepdim=True).clamp_max(0) * ratio[1]

@@ -191,3 +191,12 @@ def test_op_is_complete(op: str) -> None:
     cases = (ROOT / "tests/ops/cases.py").read_text(encoding="utf-8")
     assert re.search(rf"[\"']{op}[\"']", cases), "tests/ops/cases.py: no row"
     assert op in DOC, "docs/architecture.md: not in the table of kernels"
+
+
+def test_every_method_is_explained() -> None:
+    text = (PACKAGE / "methods.py").read_text(encoding="utf-8")
+    table = text[text.index("METHODS:") :]
+    names = re.findall(r'^    "([\w-]+)": ', table, re.MULTILINE)
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert len(names) >= 5
+    assert [name for name in names if f"| `{name}` |" not in page] == []

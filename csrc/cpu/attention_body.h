@@ -6,18 +6,18 @@
 // that unpacking a tile of codes, (code - zero) as floats, serves them all; the cache is never
 // dequantized anywhere else. Two passes, with the scores [queries, length] in between:
 //
-//   keys:   16 positions are the lanes, transposed on unpacking; i ascending
+//   keys:   16 positions are the lanes, transposed on unpacking
 //           score[j] = (sum_i q[i] (code - zero)[j, i]) * (k_scale[j] * scaling) + mask[j]
-//           The integer code - zero is exact, so nothing cancels as q . codes - zero * sum(q)
-//           would.
-//   values: weight[j] = exp(score[j] - max) * v_scale[j], sum over j of weight[j] (code - zero)[j,
-//   i],
-//           64 positions at a time, then those sums. The lanes are elements in the order of the
-//           bytes' fields: all codes in the low bits first, then those above them.
+//           code - zero is exact, so nothing cancels as q . codes - zero * sum(q) would
+//   values: the elements are the lanes, in the order of the bytes' fields: all codes in the low
+//   bits
+//           first, then those above them
+//           weight[j] = exp(score[j] - max) * v_scale[j];  sum over j of weight[j] (code - zero)[j,
+//           i]
 //
-// The order of every addition is the same however queries are grouped. A position that a query may
-// not attend to has score -Inf and weight 0, so a NaN scale there does no harm. Bound: decode, the
-// unpacking; prefill, arithmetic (fma).
+// Sums are made of parts of 16 terms, ascending, that join in turn: more exact than one chain, and
+// the same however queries are grouped. A position that a query may not attend to has score -Inf
+// and weight 0, so a NaN scale there does no harm. Bound: decode, the unpacking; prefill, the fma.
 
 constexpr int64_t kMostQueries = 32, kLeastQueries = 4;
 constexpr int64_t kScoreBytes = int64_t{1} << 20;  // of scores, so that they stay in the L2 cache

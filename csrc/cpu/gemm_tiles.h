@@ -1,12 +1,13 @@
 // How the output [m, n] of a matrix product is cut into the tiles that threads share: blocks of
 // rows outermost, 16 columns at a time inside.
 //
-//              columns 0..15   16..31   ...
-//   rows 0..63   tile 0        tile 1   ...      a thread works on consecutive tiles, so it
-//   prepares rows 64..    ...                             the rows of a block once and streams the
-//   weights
+//               columns 0..15   16..31   ..
+//   rows 0..63  tile 0          tile 1   ..
+//   rows 64..   ..
 //
-// A block holds 64 rows, fewer if those would not stay in the L2 cache. The cut changes no result.
+// A thread works on consecutive tiles: it prepares the rows of a block once and streams the
+// weights. A block holds 64 rows, fewer if those would not stay in the L2 cache. The cut changes no
+// result.
 #pragma once
 
 #include <cstdint>

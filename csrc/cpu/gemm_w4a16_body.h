@@ -6,14 +6,15 @@
 // The lanes are 16 columns of the output. 128 rows of codes are unpacked to floats once per tile
 // (8 KB, in the L1 cache) and multiplied into every row of the block:
 //
-//   sum[r] = 0; for k in segment: sum[r] = fma(x[r, k], code[k], sum[r])       segment: k inside
-//   one total[r] = fma(sum[r], w_scale[group], total[r])                           group and 128 of
-//   k out = round_T(total + bias)
+//   part[r] = sum over 32 k, ascending:  part[r] = fma(x[r, k], code[k], part[r])
+//   sum[r] = sum of the parts of a segment: k inside one group and one tile of 128
+//   total[r] = fma(sum[r], w_scale[group], total[r])
+//   out = round_T(total + bias)
 //
 // Error, with e = 2^-24 (float32's half ulp) and S = sum_k |x_k w_k|, w = code * scale:
-//   |total - exact| <= (min(k / groups, 128) + segments + 1) e S (1 + small),
-// then one rounding of the bias addition and one to T. Bound: arithmetic (fma); for one row the
-// unpacking.
+//   |total - exact| <= (min(k / groups, 32) + 4 + segments) e S (1 + small),
+// with at most groups + k / 128 + 1 segments; then one rounding of the bias addition and one to T.
+// Bound: arithmetic (fma); for one row the unpacking.
 
 constexpr int64_t kDepth = 128;  // k of one unpacked tile
 constexpr int64_t kPart = 32;    // products summed up before they join a sum
@@ -23,9 +24,10 @@ inline Tiling tiling(const GemmW4A16& args) {
   return Tiling(args.m, args.n, args.k * static_cast<int64_t>(sizeof(float)));
 }
 
-// totals[r] += scale * sum over k in [0, count) of x[r, k] codes[k], for kRows rows. The sum is made
-// of parts of kPart; several parts go side by side where the rows alone are too few to hide the
-// latency of an addition. That changes no order: a part's own sum is the same, and parts join in turn.
+// totals[r] += scale * sum over k in [0, count) of x[r, k] codes[k], for kRows rows. The sum is
+// made of parts of kPart; several parts go side by side where the rows alone are too few to hide
+// the latency of an addition. That changes no order: a part's own sum is the same, and parts join
+// in turn.
 template <int kRows, int kParts>
 inline int64_t add_parts(const float* x, int64_t stride, const float* codes, int64_t first,
                          int64_t count, Floats* sums) {
@@ -58,8 +60,7 @@ inline void add_segment(const float* x, int64_t stride, const float* codes, int6
     for (int r = 0; r < kRows; ++r) rest[r] = Floats::splat(0.0f);
     for (int64_t k = done; k < count; ++k)
       for (int r = 0; r < kRows; ++r)
-        rest[r] =
-            fma(Floats::splat(x[r * stride + k]), Floats::load(codes + k * kLanes), rest[r]);
+        rest[r] = fma(Floats::splat(x[r * stride + k]), Floats::load(codes + k * kLanes), rest[r]);
     for (int r = 0; r < kRows; ++r) sums[r] = sums[r] + rest[r];
   }
   for (int r = 0; r < kRows; ++r)

@@ -32,7 +32,7 @@ struct Floats {
   FQ_LANES Floats splat(float x) { return {_mm512_set1_ps(x)}; }
   // float((words[lane] >> shift) & mask)
   FQ_LANES Floats field(const uint32_t* words, int shift, int mask) {
-    const __m512i shifted = _mm512_srli_epi32(_mm512_loadu_si512(words), static_cast<unsigned>(shift));
+    const __m512i shifted = _mm512_srlv_epi32(_mm512_loadu_si512(words), _mm512_set1_epi32(shift));
     return {_mm512_cvtepi32_ps(_mm512_and_si512(shifted, _mm512_set1_epi32(mask)))};
   }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
@@ -52,7 +52,7 @@ struct Floats {
   FQ_LANES Floats splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
   FQ_LANES __m256 half_field(const uint32_t* words, int shift, int mask) {
     const __m256i all = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
-    const __m256i shifted = _mm256_srli_epi32(all, shift);
+    const __m256i shifted = _mm256_srlv_epi32(all, _mm256_set1_epi32(shift));
     return _mm256_cvtepi32_ps(_mm256_and_si256(shifted, _mm256_set1_epi32(mask)));
   }
   FQ_LANES Floats field(const uint32_t* words, int shift, int mask) {
@@ -129,8 +129,8 @@ inline int64_t whole_lanes(int64_t n) { return (n + kLanes - 1) / kLanes * kLane
 constexpr int64_t kWordBytes = 4;
 constexpr int64_t kWordGroup = 8;  // words of a row that are transposed at a time
 
-// words[w][lane] = word w of rows[lane] + first, xor flip; returns how many, at most kWordGroup. The
-// last one may be partial: it is filled up with zeros, and no byte from `bytes` on is read.
+// words[w][lane] = word w of rows[lane] + first, xor flip; returns how many, at most kWordGroup.
+// The last one may be partial: it is filled up with zeros, and no byte from `bytes` on is read.
 inline int64_t transpose_words(const uint8_t* const* rows, int64_t first, int64_t bytes,
                                uint32_t flip, uint32_t (*words)[kLanes]) {
   static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "code 0 is in the lowest bits");
@@ -157,17 +157,16 @@ template <int kWidth>
 inline void unpack_words(const uint32_t (*words)[kLanes], int64_t count, Floats zero, float* out) {
   constexpr int kFields = 32 / kWidth;
   for (int64_t w = 0; w < count; ++w)
-#pragma GCC unroll 16
     for (int i = 0; i < kFields; ++i)
       (Floats::field(words[w], kWidth * i, (1 << kWidth) - 1) - zero)
           .store(out + (w * kFields + i) * kLanes);
 }
 
-// Codes of 16 rows (weights of 16 columns, 16 cached keys) as floats, transposed so that the rows are
-// the lanes: out[i * 16 + lane] = float(code i of rows[lane]) - zero[lane].
+// Codes of 16 rows (weights of 16 columns, 16 cached keys) as floats, transposed so that the rows
+// are the lanes: out[i * 16 + lane] = float(code i of rows[lane]) - zero[lane].
 //   width: 2, 4 or 8 bits a code. flip: 0, or the sign bit of every code in a word; with zero =
-//   2^(width - 1) the codes are then signed. bytes: of a row. out has room for whole 32-bit words of
-//   codes, and what is past the last code is finite.
+//   2^(width - 1) the codes are then signed. bytes: of a row. out has room for whole 32-bit words
+//   of codes, and what is past the last code is finite.
 inline void unpack_transposed(const uint8_t* const* rows, int64_t bytes, int width, uint32_t flip,
                               Floats zero, float* out) {
   alignas(64) uint32_t words[kWordGroup][kLanes];

@@ -12,7 +12,7 @@ from flatquant.capture import random_crops
 from flatquant.checkpoint import load, save
 from flatquant.evaluate import perplexity
 from flatquant.fit import FitDivergedError
-from flatquant.integrations import hf as _hf  # registers the checkpoint format
+from flatquant.integrations.hf import FlatQuantConfig  # registers the checkpoint format
 from flatquant.methods import METHODS
 from flatquant.pipeline import calibrate, quantize, replace_linear
 from flatquant.plan import QuantizationPlan
@@ -29,6 +29,7 @@ __all__ = [
     "CalibrationResult",
     "FitConfig",
     "FitDivergedError",
+    "FlatQuantConfig",
     "QuantizationPlan",
     "QuantizationReport",
     "Recipe",

@@ -88,7 +88,7 @@ class BlockRunner:
 def first_block_inputs(
     model: nn.Module, family: FamilySpec, tokens: Tensor, batch_size: int
 ) -> tuple[Tensor, BlockRunner]:
-    """Hidden states in front of the first block, at least float32 [samples, tokens, hidden], and a runner.
+    """Hidden states [samples, tokens, hidden] in front of the first block, and a runner.
 
     The blocks are taken out for the moment, so only the embedding and the rotary tables run.
     """
@@ -131,9 +131,7 @@ class InputStatistics:
 
 
 @contextmanager
-def watching(
-    root: nn.Module, names: Mapping[str, Callable[[Tensor], None]]
-) -> Iterator[None]:
+def watching(root: nn.Module, names: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
     """Call a function with every input that the named modules receive."""
     handles = []
     for name, function in names.items():

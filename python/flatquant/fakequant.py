@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import flatquant_cuda as fq
 import torch
 from torch import Tensor
+
+import flatquant_cuda as fq
 
 
 class _FakeQuantize(torch.autograd.Function):

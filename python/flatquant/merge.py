@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-import flatquant_cuda as fq
 import torch
 from torch import Tensor
 
+import flatquant_cuda as fq
 from flatquant.fit.modules import BlockFit, GroupFit, LinearFit, transformed_weight
 from flatquant.models.spec import Site
 from flatquant.scheme import Scheme
@@ -37,9 +37,7 @@ def freeze(transform: Transform | None, dtype: torch.dtype) -> FrozenTransform |
 
     left, left_inv_t = rounded(now.left)
     right, right_inv_t = rounded(now.right)
-    return FrozenTransform(
-        left=left, left_inv_t=left_inv_t, right=right, right_inv_t=right_inv_t
-    )
+    return FrozenTransform(left=left, left_inv_t=left_inv_t, right=right, right_inv_t=right_inv_t)
 
 
 @torch.no_grad()

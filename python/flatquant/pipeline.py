@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
-from flatquant.checkpoint import attach
 from flatquant.capture import (
     BlockRunner,
     HessianCollector,
@@ -27,12 +27,13 @@ from flatquant.capture import (
     first_block_inputs,
     watching,
 )
+from flatquant.checkpoint import attach
 from flatquant.fit.block import FitLog, fit_block, forward_fit
 from flatquant.fit.modules import BlockFit, FitContext
 from flatquant.fit.precision import amp_pays
 from flatquant.merge import HessianOf, merge_block
 from flatquant.methods import resolve
-from flatquant.models import FamilySpec, Site, family_of
+from flatquant.models import Site, family_of
 from flatquant.models.spec import check_weights
 from flatquant.plan import FORMAT_VERSION, QuantizationPlan
 from flatquant.recipe import Recipe
@@ -45,7 +46,7 @@ from flatquant.weights import WEIGHT_QUANTIZERS
 
 
 def calibrate(
-    model: nn.Module,
+    model: PreTrainedModel,
     method: str | Recipe = "flatquant",
     scheme: str | Scheme = "W4A4KV4",
     calibration: Tensor | None = None,
@@ -226,7 +227,7 @@ def _overridden(recipe: Recipe, epochs: int | None, weights: str | None) -> Reci
 
 
 @contextmanager
-def _attention(model: nn.Module) -> Iterator[None]:
+def _attention(model: PreTrainedModel) -> Iterator[None]:
     """Our attention function, which knows `kv_fit`, for the time of the calibration."""
     register()
     before = model.config._attn_implementation
@@ -251,7 +252,7 @@ def _bar(blocks: int, recipe: Recipe, progress: bool) -> Iterator[Any]:
 
 
 def _fingerprint(
-    model: nn.Module,
+    model: PreTrainedModel,
     recipe: Recipe,
     plan: QuantizationPlan,
     seed: int,
@@ -265,7 +266,11 @@ def _fingerprint(
         sample = parameter.detach().flatten()[:: max(parameter.numel() // 1024, 1)]
         digest.update(sample.float().cpu().numpy().tobytes())
     tokens = b"" if calibration is None else calibration.cpu().numpy().tobytes()
-    settings = {**vars(recipe), "transforms": dict(recipe.transforms), "scales": dict(recipe.scales)}
+    settings = {
+        **vars(recipe),
+        "transforms": dict(recipe.transforms),
+        "scales": dict(recipe.scales),
+    }
     return {
         "format_version": FORMAT_VERSION,
         "plan": plan.to_dict(),
@@ -337,13 +342,13 @@ DATA_FREE = {"identity": "rtn", "hadamard": "hadamard", "random": "random"}
 
 
 def replace_linear(
-    model: nn.Module,
+    model: PreTrainedModel,
     scheme: str | Scheme = "W4A4",
     *,
     transform: str | CalibrationResult = "hadamard",
     ignore: tuple[str, ...] = ("lm_head",),
     seed: int = 0,
-) -> nn.Module:
+) -> PreTrainedModel:
     """Replace the decoder's linears by integer ones, in place; returns the model.
 
     Args:
@@ -374,6 +379,6 @@ def replace_linear(
     return model
 
 
-def quantize(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+def quantize(model: PreTrainedModel, *args: Any, **kwargs: Any) -> PreTrainedModel:
     """`calibrate`, then `replace_linear` with its result; same arguments as `calibrate`."""
     return replace_linear(model, transform=calibrate(model, *args, **kwargs))

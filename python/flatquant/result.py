@@ -43,7 +43,7 @@ class CalibrationResult:
                 "it was made from another model"
             )
         install(model, self.plan)
-        for name, tensors in zip(names, self.blocks):
+        for name, tensors in zip(names, self.blocks, strict=True):
             _load_block(model.get_submodule(name), name, tensors)
         return model
 

@@ -100,9 +100,7 @@ def _install_block(
         attention.add_module("kv_quantizer", quantizer.to(device))
 
 
-def _install_mlp(
-    block: nn.Module, name: str, family: FamilySpec, plan: QuantizationPlan
-) -> None:
+def _install_mlp(block: nn.Module, name: str, family: FamilySpec, plan: QuantizationPlan) -> None:
     """Replace the MLP's forward where both of its groups are quantized, to fuse SiLU·mul."""
     if all(plan.quantizes_group(name, family.group(s)) for s in (Site.MLP_IN, Site.MLP_OUT)):
         mlp = block.get_submodule(family.mlp)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import flatquant_cuda as fq
 import pytest
 import torch
 from torch import Tensor
 
+import flatquant_cuda as fq
 from flatquant.fakequant import fake_quantize
 
 

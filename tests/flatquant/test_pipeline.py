@@ -166,9 +166,7 @@ def test_divergence_names_block_epoch_and_remedy() -> None:
         fit=flatquant.FitConfig(epochs=3, lr=1e30),
     )
     with pytest.raises(FitDivergedError, match=r"model.layers.0, epoch \d.*Remedy: amp='off'"):
-        flatquant.calibrate(
-            build_tiny_model("llama"), wild, "W4A4KV4", CALIBRATION, progress=False
-        )
+        flatquant.calibrate(build_tiny_model("llama"), wild, "W4A4KV4", CALIBRATION, progress=False)
 
 
 def test_unknown_names_are_refused() -> None:

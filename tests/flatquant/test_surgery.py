@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import flatquant_cuda as fq
 import pytest
 import torch
 from torch import Tensor, nn
 
 import flatquant
+import flatquant_cuda as fq
 from flatquant.runtime.linear import QuantizedLinear
 
 from .conftest import build_tiny_model
@@ -52,12 +52,13 @@ def test_ignored_linears_are_named_with_the_reason(token_ids: Tensor) -> None:
     flatquant.replace_linear(
         model, "W4A4", ignore=("lm_head", r"re:.*layers\.0\.self_attn\.k_proj")
     )
+    shared = "shares its input with a linear that is listed in ignore"
     left = flatquant.report(model).left_alone
     assert left == {
         "lm_head": "listed in ignore",
         "model.layers.0.self_attn.k_proj": "listed in ignore",
-        "model.layers.0.self_attn.q_proj": "shares its input with a linear that is listed in ignore",
-        "model.layers.0.self_attn.v_proj": "shares its input with a linear that is listed in ignore",
+        "model.layers.0.self_attn.q_proj": shared,
+        "model.layers.0.self_attn.v_proj": shared,
     }
     assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
     with torch.no_grad():
@@ -84,7 +85,7 @@ def test_inputs_are_quantized_once_per_group(
 
 def test_quantizing_twice_is_refused() -> None:
     model = flatquant.replace_linear(build_tiny_model("llama"), "W4A4")
-    with pytest.raises((ValueError, TypeError), match="quantized already|not nn.Linear"):
+    with pytest.raises((ValueError, TypeError), match=r"quantized already|not nn.Linear"):
         flatquant.replace_linear(model, "W4A4")
 
 
@@ -104,7 +105,7 @@ def test_sizes_that_contradict_each_other_are_refused() -> None:
     model = build_tiny_model("llama")
     model.config.head_dim = None
     model.config.num_attention_heads = 5
-    with pytest.raises(ValueError, match="hidden_size=64 is not divisible by num_attention_heads=5"):
+    with pytest.raises(ValueError, match="64 is not divisible by num_attention_heads=5"):
         flatquant.replace_linear(model, "W4A4")
 
 
@@ -129,3 +130,20 @@ def test_fake_quantized_needs_a_quantized_model() -> None:
         flatquant.fake_quantized(build_tiny_model("llama")),
     ):
         pass
+
+
+@pytest.mark.parametrize("scheme", ["W4A4KV4", "W4A16"])
+def test_casting_a_quantized_model_keeps_its_scales(scheme: str, token_ids: Tensor) -> None:
+    model = flatquant.replace_linear(build_tiny_model("qwen2", bias=True), scheme)
+    before = {
+        name: buffer.clone()
+        for name, buffer in model.named_buffers()
+        if name.endswith(("_scale", "_trans", "_clip", "clip_ratio", "layernorm.weight"))
+    }
+    assert before
+    model.to(torch.bfloat16)
+    assert all(torch.equal(model.get_buffer(name), value) for name, value in before.items())
+    with torch.no_grad():
+        logits = model(token_ids).logits
+    assert logits.dtype == torch.bfloat16
+    assert torch.isfinite(logits).all()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import flatquant_cuda as fq
 import pytest
 import torch
 
 import flatquant
+import flatquant_cuda as fq
 from flatquant.weights import WEIGHT_QUANTIZERS, WeightTask
 
 from .conftest import build_tiny_model

@@ -177,7 +177,7 @@ def test_float_product_is_within_its_bound(
     exact = x.double() @ weight.T + bias.double()
     segments = groups + k // 128 + 1
     half_ulp = 2.0**-24
-    terms = min(k // groups, 128) + segments + 1
+    terms = min(k // groups, 32) + 4 + segments
     error = half_ulp * (terms * 1.01 * (x.double().abs() @ weight.abs().T) + 2 * exact.abs())
     rounding = torch.finfo(dtype).eps / 2 if dtype != torch.float32 else 0.0
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2

@@ -25,8 +25,8 @@ class FitLog:
     """What fitting one block did.
 
     Attributes:
-        start: mean squared error of the block output before the first step.
-        end: the same, over the last epoch.
+        start: mean squared error of the block output over the first epoch.
+        end: the same over the last one.
         seconds: wall time.
     """
 
@@ -93,7 +93,8 @@ def fit_block(
     if not groups or config.epochs == 0:
         return FitLog(start=math.nan, end=math.nan, seconds=0.0)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
-    batches = list(zip(inputs.split(config.batch_size), targets.split(config.batch_size)))
+    size = config.batch_size
+    batches = list(zip(inputs.split(size), targets.split(size), strict=True))
     total = config.epochs * math.ceil(len(batches) / config.accumulate)
     attention = fit.context.family.attention
     start, mean, step = math.nan, math.nan, 0
@@ -120,7 +121,7 @@ def fit_block(
                 step += 1
         mean = sum(losses) / len(losses)
         if epoch == 0:
-            start = losses[0]
+            start = mean
         on_epoch(epoch, mean)
     return FitLog(start=start, end=mean, seconds=time.monotonic() - began)
 

@@ -58,11 +58,14 @@ class GroupFit(nn.Module):
 class NormFit(nn.Module):
     """RMSNorm followed by the group's fake-quantized transform."""
 
+    weight: Tensor
+    group: GroupFit
+
     def __init__(self, norm: nn.Module, group: GroupFit) -> None:
         super().__init__()
         self.eps = norm_epsilon(norm)
         self.group = group
-        self.register_buffer("weight", norm.weight.detach().clone())
+        self.register_buffer("weight", norm.get_parameter("weight").detach().clone())
 
     def plain(self, x: Tensor) -> Tensor:
         """The norm alone."""
@@ -217,7 +220,7 @@ class BlockFit(nn.Module):
         self.name = name
         self.context = context
         recipe, plan, family = context.recipe, context.plan, context.family
-        self.groups = nn.ModuleDict()
+        self.groups: dict[str, GroupFit] = {}
         self.linears: dict[str, LinearFit] = {}
         self.norms: dict[str, NormFit] = {}
         clips = recipe.learned_clips
@@ -239,9 +242,9 @@ class BlockFit(nn.Module):
         self.values = self._transform(Site.V_HEAD, generator)
         if self.values is not None and family.value not in self.linears:
             self._add_merged_only(block)
-        self.linear_clips = nn.ModuleDict(
-            {n.replace(".", "-"): fit.clip for n, fit in self.linears.items() if fit.clip}
-        )
+        # what is learned; the dictionaries above are for finding it
+        self.learned = nn.ModuleList(self.groups.values())
+        self.learned.extend(fit.clip for fit in self.linears.values() if fit.clip is not None)
 
     def _transform(self, site: Site, generator: Generator) -> Transform | None:
         context = self.context

@@ -86,7 +86,7 @@ class _Kronecker(torch.autograd.Function):
         grad_right = half.reshape(-1, n2).t().mm(grad)
         grad_half = grad.mm(right.t()).reshape(-1, n1, n2)
         grad_left = torch.zeros_like(left)
-        for part, grad_part in zip(rows.split(_CHUNK), grad_half.split(_CHUNK)):
+        for part, grad_part in zip(rows.split(_CHUNK), grad_half.split(_CHUNK), strict=True):
             grad_left += torch.bmm(part, grad_part.mT).sum(0)
         grad_x = torch.matmul(left, grad_half).reshape(grads[0].shape)
         return grad_x, grad_left, grad_right

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import flatquant_cuda as fq
 from torch import nn
 
+import flatquant_cuda as fq
 from flatquant.models import family_of
 from flatquant.models.spec import Site
 from flatquant.plan import QuantizationPlan
@@ -67,8 +67,8 @@ def report(model: nn.Module) -> QuantizationReport:
         if isinstance(module, QuantizedLinear):
             size = module.in_features * module.out_features
             inside, total = inside + size, total + size
-            native = "reference" if module.kernel == "simulated" else fq.backend(
-                module.kernel, device
+            native = (
+                "reference" if module.kernel == "simulated" else fq.backend(module.kernel, device)
             )
             linears.append(LinearReport(name=name, kernel=module.kernel, backend=native))
             ops[module.kernel] = native
@@ -107,4 +107,3 @@ def _why(model: nn.Module, name: str, plan: QuantizationPlan | None) -> str:
 
 
 __all__ = ["LinearReport", "QuantizationReport", "report"]
-

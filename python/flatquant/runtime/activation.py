@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import flatquant_cuda as fq
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+import flatquant_cuda as fq
+from flatquant.runtime.buffers import ExactBuffers
 from flatquant.transforms.base import kronecker_product
 
 
@@ -30,9 +31,9 @@ class ActivationSpec:
     right: int
 
 
-@dataclass(frozen=True)
-class QuantizedActivation:
-    """Codes and scales of a transformed input (or its floating-point value when A is 16).
+@dataclass(frozen=True, kw_only=True)
+class Activation:
+    """An input that its norm has prepared for the linears that share it.
 
     It stands in for the hidden states between a norm and q/k/v or gate/up, so it has the
     attributes that modelling code reads there: shape, dtype and device.
@@ -41,19 +42,32 @@ class QuantizedActivation:
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
-    value: Tensor | None = None
-    codes: Tensor | None = None
-    scale: Tensor | None = None
-    zero: Tensor | None = None
 
 
-class InputQuantizer(nn.Module):
+@dataclass(frozen=True, kw_only=True)
+class FloatActivation(Activation):
+    """A transformed input in floating point (A is 16 bits), [..., width]."""
+
+    value: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedActivation(Activation):
+    """Codes, scale and zero point (None when symmetric) of a transformed input."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+
+
+class InputQuantizer(ExactBuffers):
     """[SiLU·mul] + [scale] + [RMSNorm] + transform + clip + quantization of one input.
 
     Buffers: left_trans (P1ᵀ) [n1, n1], right_trans (P2) [n2, n2], both float32, and clip_ratio
     float32 [2] = (max, min), each only where the spec asks for it.
     """
 
+    exact = frozenset({"left_trans", "right_trans", "clip_ratio"})
     left_trans: Tensor | None
     right_trans: Tensor | None
     clip_ratio: Tensor | None
@@ -106,16 +120,19 @@ class InputQuantizer(nn.Module):
             symmetric=self.spec.symmetric,
         )
         return QuantizedActivation(
-            x.shape,
-            x.dtype,
-            x.device,
+            shape=x.shape,
+            dtype=x.dtype,
+            device=x.device,
             codes=codes,
             scale=scale,
             zero=None if self.spec.symmetric else zero,
         )
 
-    def prepare(self, x: Tensor) -> QuantizedActivation:
-        """Transform and quantize a plain input."""
-        if self.spec.bits == 16:
-            return QuantizedActivation(x.shape, x.dtype, x.device, value=self.transform(x))
-        return self.quantize(x)
+    def prepare(self, x: Tensor) -> Activation:
+        """Transform a plain input, and quantize it if the spec says so."""
+        return self.quantize(x) if self.spec.bits < 16 else as_float(self.transform(x))
+
+
+def as_float(value: Tensor) -> FloatActivation:
+    """A transformed input that stays in floating point."""
+    return FloatActivation(shape=value.shape, dtype=value.dtype, device=value.device, value=value)

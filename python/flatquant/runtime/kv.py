@@ -7,17 +7,16 @@ and uncached attention share this file, so they see the same codes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from flatquant.runtime.buffers import ExactBuffers
 from flatquant.runtime.storage import FloatStorage, PackedStorage, Storage
 from flatquant.scheme import OFF
 from flatquant_cuda import ops
 
 
-class KVQuantizer(nn.Module):
+class KVQuantizer(ExactBuffers):
     """Quantizer of one layer's keys and values (FlatQuant section 3.2, P_h; per-head scales).
 
     Keys are stored as K P_h; queries are multiplied by P_h^-T, so that Q K^T is unchanged.
@@ -39,6 +38,7 @@ class KVQuantizer(nn.Module):
         ValueError: a width outside 2..8 and 16, or a head_dim below 1.
     """
 
+    exact = frozenset({"k_trans", "q_trans", "k_clip", "v_clip"})
     k_clip: Tensor
     v_clip: Tensor
     k_trans: Tensor | None
@@ -70,15 +70,6 @@ class KVQuantizer(nn.Module):
             self.k_trans = self.q_trans = None
         self.register_buffer("k_clip", torch.ones(2, dtype=torch.float32, device=device))
         self.register_buffer("v_clip", torch.ones(2, dtype=torch.float32, device=device))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KVQuantizer:
-        """Follow `.to(device)`, ignore `.to(dtype)`: transform and clips define the codes."""
-        for name, buffer in self._buffers.items():
-            if buffer is not None:
-                moved = fn(buffer)
-                same = moved.dtype == buffer.dtype
-                self._buffers[name] = moved if same else buffer.to(moved.device)
-        return self
 
     def rotate_query(self, query: Tensor) -> Tensor:
         """Query [batch, heads, t, d] in the basis of the stored keys, Q P_h^-T; same dtype."""

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import flatquant_cuda as fq
 import torch
 from torch import Tensor, nn
 
-from flatquant.runtime.activation import ActivationSpec, InputQuantizer, QuantizedActivation
+import flatquant_cuda as fq
+from flatquant.runtime.activation import (
+    Activation,
+    ActivationSpec,
+    FloatActivation,
+    InputQuantizer,
+    QuantizedActivation,
+)
 from flatquant.scheme import Scheme
 
 
@@ -23,6 +29,7 @@ class QuantizedLinear(InputQuantizer):
     weights with quantized inputs) run simulated; `kernel` says so.
     """
 
+    exact = InputQuantizer.exact | {"weight_scale"}
     weight_packed: Tensor | None
     weight_scale: Tensor | None
     weight_colsum: Tensor | None
@@ -57,9 +64,7 @@ class QuantizedLinear(InputQuantizer):
         storage = torch.int8 if 4 < self.w_bits < 16 else torch.uint8
         scheme.check_width(in_features)
         groups = () if self.w_group is None else (in_features // self.w_group,)
-        self.register_buffer(
-            "weight_packed", empty(quantized, out_features, packed, kind=storage)
-        )
+        self.register_buffer("weight_packed", empty(quantized, out_features, packed, kind=storage))
         self.register_buffer(
             "weight_scale", empty(quantized, out_features, *groups, kind=torch.float32)
         )
@@ -69,9 +74,7 @@ class QuantizedLinear(InputQuantizer):
                 quantized and not spec.symmetric and spec.bits < 16, out_features, kind=torch.int32
             ),
         )
-        self.register_buffer(
-            "weight", empty(not quantized, out_features, in_features, kind=dtype)
-        )
+        self.register_buffer("weight", empty(not quantized, out_features, in_features, kind=dtype))
         self.register_buffer("bias", empty(bias, out_features, kind=dtype))
 
     @classmethod
@@ -109,85 +112,87 @@ class QuantizedLinear(InputQuantizer):
         per_byte = 4 if self.w_bits == 2 and self.a_bits == 16 else 2
         return -(-self.in_features // per_byte)
 
-    def forward(self, x: Tensor | QuantizedActivation) -> Tensor:
-        """x: [..., in], or the quantized input that a norm has prepared."""
+    def forward(self, x: Tensor | Activation) -> Tensor:
+        """x: [..., in], or the input that a norm has prepared."""
         if isinstance(x, Tensor):
             if not self.online:
                 raise TypeError(
-                    "this linear shares its input with others: it expects the QuantizedActivation "
-                    "of the norm in front of it, not a tensor"
+                    "this linear shares its input with others: it expects what the norm in front "
+                    "of it prepared, not a tensor"
                 )
             x = self.prepare(x)
-        if x.dtype == torch.float64 or self.simulate or self.kernel == "simulated":
-            return self._simulated(x)
-        if x.value is not None:
-            return fq.ops.gemm_w4a16(
-                x.value, self._packed(), self._scale2d(), bias=self.bias, bits=self.w_bits
-            )
+        simulated = self.simulate or self.kernel == "simulated" or x.dtype == torch.float64
+        if isinstance(x, FloatActivation):
+            return self._simulated_float(x.value) if simulated else self._gemm_float(x.value)
+        assert isinstance(x, QuantizedActivation)
+        if not simulated:
+            return self._gemm_integer(x)
+        if self.w_bits == 16:
+            value = self._input_codes(x).float() * x.scale.unsqueeze(-1)
+            return self._simulated_float(value).to(x.dtype)
+        return self._simulated_integer(x)
+
+    def _gemm_integer(self, x: QuantizedActivation) -> Tensor:
+        packed, scale = self._weight()
         gemm = fq.ops.gemm_w4a4 if self.a_bits <= 4 else fq.ops.gemm_w4a8
         return gemm(
             x.codes,
             x.scale,
-            self._packed(),
-            self.weight_scale,
+            packed,
+            scale,
             a_zero=x.zero,
             w_colsum=self.weight_colsum,
             bias=self.bias,
             out_dtype=x.dtype,
         )
 
-    def _packed(self) -> Tensor:
-        if self.weight_packed is None:
-            raise TypeError("this linear has no packed weight (W is 16 bits)")
-        return self.weight_packed
+    def _gemm_float(self, value: Tensor) -> Tensor:
+        packed, scale = self._weight()
+        scale = scale.unsqueeze(-1) if scale.dim() == 1 else scale
+        return fq.ops.gemm_w4a16(value, packed, scale, bias=self.bias, bits=self.w_bits)
 
-    def _scale2d(self) -> Tensor:
-        scale = self.weight_scale
-        if scale is None:
-            raise TypeError("this linear has no weight scale (W is 16 bits)")
-        return scale.unsqueeze(-1) if scale.dim() == 1 else scale
+    def _simulated_integer(self, x: QuantizedActivation) -> Tensor:
+        """The integer GEMM's numbers without it: float64 products of codes are exact."""
+        _, scale = self._weight()
+        accumulator = self._input_codes(x).double() @ self.weight_codes().double().mT
+        out = accumulator.to(torch.float32) * (x.scale.unsqueeze(-1) * scale)
+        return (out if self.bias is None else out + self.bias.to(torch.float32)).to(x.dtype)
+
+    def _simulated_float(self, value: Tensor) -> Tensor:
+        wide = torch.promote_types(value.dtype, torch.float32)
+        out = value.to(wide) @ self.dequantized_weight(wide).mT
+        return (out if self.bias is None else out + self.bias.to(wide)).to(value.dtype)
+
+    def _weight(self) -> tuple[Tensor, Tensor]:
+        if self.weight_packed is None or self.weight_scale is None:
+            raise TypeError("this linear has no packed weight (W is 16 bits)")
+        return self.weight_packed, self.weight_scale
 
     def weight_codes(self) -> Tensor:
         """Integer codes of the weight, int8 [out, in]."""
-        packed = self._packed()
+        packed, _ = self._weight()
         if self.w_bits > 4:
             return packed
         if self.w_bits == 2 and self.a_bits == 16:
             return fq.packing.unpack(packed, 2, self.in_features)
         return fq.packing.unpack_nibbles(packed, self.in_features, True)
 
-    def _simulated(self, x: QuantizedActivation) -> Tensor:
-        """The same numbers without the integer kernel: float64 products of codes are exact."""
-        if x.value is not None or self.w_bits == 16:
-            return self._simulated_float(x)
-        bias = None if self.bias is None else self.bias.to(torch.float32)
-        codes = self._activation_codes(x).double()
-        acc = (codes @ self.weight_codes().double().mT).to(torch.float32)
-        out = acc * (x.scale.unsqueeze(-1) * self.weight_scale)
-        return (out if bias is None else out + bias).to(x.dtype)
+    def dequantized_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight in floating point, [out, in], in the transformed basis."""
+        if self.weight is not None:
+            return self.weight.to(dtype)
+        _, scale = self._weight()
+        scale = scale.unsqueeze(-1) if scale.dim() == 1 else scale
+        repeats = self.in_features // scale.shape[1]
+        return self.weight_codes().to(dtype) * scale.to(dtype).repeat_interleave(repeats, dim=1)
 
-    def _activation_codes(self, x: QuantizedActivation) -> Tensor:
-        """Codes minus zero points, integer valued, [..., in]."""
+    def _input_codes(self, x: QuantizedActivation) -> Tensor:
+        """Codes minus zero points, int32 [..., in]."""
         codes = x.codes
         if self.a_bits <= 4:
             codes = fq.packing.unpack_nibbles(codes, self.in_features, x.zero is None)
         codes = codes.to(torch.int32)
         return codes if x.zero is None else codes - x.zero.unsqueeze(-1)
-
-    def _simulated_float(self, x: QuantizedActivation) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        if x.value is None:
-            value = self._activation_codes(x).to(wide) * x.scale.unsqueeze(-1).to(wide)
-        else:
-            value = x.value.to(wide)
-        if self.w_bits == 16:
-            weight = self.weight.to(wide)
-        else:
-            scale = self._scale2d().to(wide)
-            group = self.in_features // scale.shape[1]
-            weight = self.weight_codes().to(wide) * scale.repeat_interleave(group, dim=1)
-        out = value @ weight.mT
-        return (out if self.bias is None else out + self.bias.to(wide)).to(x.dtype)
 
     def extra_repr(self) -> str:
         """For printing the model."""
@@ -203,4 +208,3 @@ def _kernel_of(w_bits: int, a_bits: int) -> str:
     if a_bits <= 4:
         return "gemm_w4a4"
     return "gemm_w4a8" if a_bits <= 8 else "gemm_w4a16"
-

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from flatquant.runtime.activation import QuantizedActivation
+from flatquant.runtime.activation import Activation
 from flatquant.runtime.linear import QuantizedLinear
 
 
@@ -34,7 +34,7 @@ class QuantizedMLP(nn.Module):
         """Take over the children of a Hugging Face gated MLP."""
         return cls(mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor | QuantizedActivation) -> Tensor:
+    def forward(self, x: Tensor | Activation) -> Tensor:
         """x: hidden states, [..., hidden]."""
         gate, up = self.gate_proj(x), self.up_proj(x)
         if self._silu and self.down_proj.spec.bits < 16:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from flatquant.models.spec import norm_epsilon
-from flatquant.runtime.activation import ActivationSpec, InputQuantizer, QuantizedActivation
+from flatquant.runtime.activation import Activation, ActivationSpec, InputQuantizer, as_float
 
 
 class QuantizedNorm(InputQuantizer):
@@ -17,6 +17,7 @@ class QuantizedNorm(InputQuantizer):
     float64 model), is the norm's weight times the learned per-channel scale c.
     """
 
+    exact = InputQuantizer.exact | {"weight"}
     weight: Tensor
 
     def __init__(
@@ -38,14 +39,13 @@ class QuantizedNorm(InputQuantizer):
         dtype = torch.promote_types(weight.dtype, torch.float32)
         return cls(spec, eps=norm_epsilon(norm), dtype=dtype, device=weight.device)
 
-    def forward(self, x: Tensor) -> QuantizedActivation:
+    def forward(self, x: Tensor) -> Activation:
         """x: [..., width] residual stream."""
         if self.spec.bits < 16:
             return self.quantize(x, channel_scale=self.weight, rms_eps=self.eps)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        value = self.transform((wide * self.weight).to(x.dtype))
-        return QuantizedActivation(x.shape, x.dtype, x.device, value=value)
+        return as_float(self.transform((wide * self.weight).to(x.dtype)))
 
     def extra_repr(self) -> str:
         """For printing the model."""

@@ -60,10 +60,11 @@ def gptq(task: WeightTask) -> QuantizedWeight:
         weight[:, end:] -= errors @ factor[begin:end, end:]
     result = QuantizedWeight(codes.to(torch.int8), scale.float())
     plain = round_to_nearest(task)
-    return result if _loss(task, result) <= _loss(task, plain) else plain
+    ours, theirs = (layer_error(task.weight, c, task.hessian) for c in (result, plain))
+    return result if ours <= theirs else plain
 
 
-def _loss(task: WeightTask, candidate: QuantizedWeight) -> float:
-    """Layer error tr(Δ·H·Δᵀ)."""
-    delta = task.weight.double() - candidate.dequantize().double()
-    return float(((delta @ task.hessian) * delta).sum())
+def layer_error(weight: Tensor, candidate: QuantizedWeight, hessian: Tensor) -> float:
+    """tr(Δ·H·Δᵀ) of the rounding error Δ."""
+    delta = weight.double() - candidate.dequantize().double()
+    return float(((delta @ hessian) * delta).sum())
