@@ -20,7 +20,7 @@ import sysconfig
 import warnings
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 
 ROOT = Path(__file__).parent.resolve()
 CMAKE_DIR = ROOT / "build" / "cmake"
@@ -90,7 +90,7 @@ def build_facts(native_module: bool) -> dict[str, object]:
     has_cuda = torch.version.cuda is not None
     with_nvcc = "nvcc and a torch with CUDA" if has_cuda else "nvcc and a CPU-only torch"
     return {
-        "setting": with_nvcc if cuda_home else "no nvcc",
+        "setting": with_nvcc if cuda_home else "CUDA off" if switched_off else "no nvcc",
         "torch": torch.__version__,
         "compiler": output_of(os.environ.get("CXX", "c++"), "--version").split("\n")[0],
         "nvcc": version.group(1) if version and cuda_home else None,
@@ -168,7 +168,9 @@ def extensions() -> list:
         "-fvisibility=hidden",
         "-DTORCH_TARGET_VERSION=0x020b000000000000ULL",
     ]
-    objects, link = [str(CMAKE_DIR / "libfq_cpu.a")], ["-Wl,--no-as-needed"]
+    headers = [str(path) for path in ROOT.glob("csrc/**/*.h")]
+    objects = [str(CMAKE_DIR / "libfq_cpu.a")]
+    link = ["-Wl,--no-as-needed", "-Wl,--exclude-libs,ALL", "-Wl,-s"]
     if cuda_home:
         objects.append(str(CMAKE_DIR / "libfq_cuda.a"))
         static = next(
@@ -184,7 +186,7 @@ def extensions() -> list:
             extra_compile_args={"cxx": flags},
             extra_objects=objects,
             extra_link_args=link,
-            depends=[*objects, *map(str, ROOT.glob("csrc/**/*.h"))],
+            depends=[*objects, *headers],
         )
     ]
     try:
@@ -196,20 +198,23 @@ def extensions() -> list:
             stacklevel=1,
         )
         return found
-    contract = ["-ffp-contract=off"]
     found.append(
         Pybind11Extension(
             "flatquant_cuda._native",
             ["csrc/native/introspect.cpp"],
             cxx_std=17,
-            extra_compile_args=contract,
+            extra_compile_args=["-O2", "-ffp-contract=off"],
+            depends=headers,
         )
     )
     return found
 
 
 setup(
-    packages=["flatquant_cuda", *find_packages("python")],
+    packages=[
+        "flatquant_cuda",
+        *find_namespace_packages("python", include=["flatquant*"], exclude=["*.__pycache__*"]),
+    ],
     package_dir={"flatquant_cuda": "flatquant_cuda", "flatquant": "python/flatquant"},
     package_data={"flatquant_cuda": ["py.typed"], "flatquant": ["py.typed"]},
     ext_modules=extensions(),

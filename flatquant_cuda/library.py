@@ -40,7 +40,7 @@ def _load() -> str | None:
     if _file is None:
         return "it was not built (no _ops*.so beside flatquant_cuda/__init__.py)"
     try:
-        torch.ops.load_library(str(_file))  # type: ignore[no-untyped-call]
+        torch.ops.load_library(str(_file))
     except (OSError, RuntimeError) as error:
         return f"{_file.name} does not load: {error}"
     return None

@@ -27,7 +27,7 @@ Isa wanted() {
   if (name == nullptr) return machine();
   for (Isa choice : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512})
     if (std::strcmp(name, isa_name(choice)) == 0) return lower(choice, machine());
-  return machine();  // an unknown name changes nothing; flatquant_cuda warns about it
+  return machine();  // an unknown name changes nothing; build_info says so
 }
 
 std::atomic<Isa>& current() {

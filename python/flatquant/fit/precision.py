@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatquant.transforms.base import FrozenTransform
+from flatquant.transforms.base import FrozenTransform, left_product
 
 
 def amp_pays(mode: str, device: torch.device) -> bool:
@@ -74,7 +74,7 @@ class _Kronecker(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         n1, n2 = left.shape[0], right.shape[0]
         rows = x.reshape(-1, n1, n2)
-        half = torch.matmul(left.t(), rows)
+        half = left_product(left.t(), rows)
         ctx.save_for_backward(rows, half, left, right)
         return half.reshape(-1, n2).mm(right).reshape(x.shape)
 
@@ -88,7 +88,7 @@ class _Kronecker(torch.autograd.Function):
         grad_left = torch.zeros_like(left)
         for part, grad_part in zip(rows.split(_CHUNK), grad_half.split(_CHUNK), strict=True):
             grad_left += torch.bmm(part, grad_part.mT).sum(0)
-        grad_x = torch.matmul(left, grad_half).reshape(grads[0].shape)
+        grad_x = left_product(left, grad_half).reshape(grads[0].shape)
         return grad_x, grad_left, grad_right
 
 

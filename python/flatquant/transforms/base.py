@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 
@@ -44,10 +45,18 @@ def kronecker_product(x: Tensor, left: Tensor | None, right: Tensor | None) -> T
         return (x.reshape(-1, right.shape[0]) @ right.to(x.dtype)).reshape(shape)
     n1 = left.shape[0]
     x = x.reshape(-1, n1, shape[-1] // n1)
-    x = left.to(x.dtype).mT @ x
+    x = left_product(left.to(x.dtype).mT, x)
     if right is not None:
         x = x @ right.to(x.dtype)
     return x.reshape(shape)
+
+
+def left_product(matrix: Tensor, rows: Tensor) -> Tensor:
+    """matrix @ rows[i] for every i: [m, n1] and [rows, n1, n2] -> [rows, m, n2].
+
+    As a batched product of a broadcast matrix: `matrix @ rows` would transpose all rows twice.
+    """
+    return torch.bmm(matrix.expand(rows.shape[0], *matrix.shape), rows)
 
 
 class Transform(nn.Module, ABC):
