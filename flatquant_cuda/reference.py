@@ -160,30 +160,11 @@ def kronecker_quantize(
     return codes, scale, zero
 
 
-def _fake_grid(
-    x: Tensor, clip: Tensor, bits: int, symmetric: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Both ends of the range, scale, lowest and highest code relative to zero; each [rows, 1]."""
-    ratio = clip.reshape(2, -1, 1)
-    high = x.amax(-1, keepdim=True).clamp_min(0) * ratio[0]
-    low = x.amin(-1, keepdim=True).clamp_max(0) * ratio[1]
-    if symmetric:
-        scale = torch.maximum(high, -low) / (2 ** (bits - 1) - 1)
-    else:
-        scale = (high - low) / (2**bits - 1)
-    scale = torch.where(scale != 0, scale, torch.ones_like(scale))
-    if symmetric:
-        least = torch.full_like(scale, -(2 ** (bits - 1)))
-        return high, low, scale, least, -1 - least
-    zero = torch.div(-low, scale).round().clamp(0, 2**bits - 1)
-    return high, low, scale, -zero, 2**bits - 1 - zero
-
-
 def fake_quantize(x: Tensor, clip: Tensor, *, bits: int = 4, symmetric: bool = True) -> Tensor:
     """See :func:`flatquant_cuda.ops.fake_quantize`."""
     _check_bits("fake_quantize", bits)
-    _, _, scale, least, most = _fake_grid(x, clip, bits, symmetric)
-    return torch.div(x, scale).round_().clamp_(least, most).mul_(scale)
+    scale, zero = scale_and_zero(x, clip, bits, symmetric)
+    return (codes_of(x, scale, zero, bits, symmetric) - zero[:, None]) * scale[:, None]
 
 
 def fake_quantize_backward(
@@ -191,24 +172,24 @@ def fake_quantize_backward(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`flatquant_cuda.ops.fake_quantize_backward`."""
     _check_bits("fake_quantize_backward", bits)
-    high, low, scale, least, most = _fake_grid(x, clip, bits, symmetric)
-    ratio = x / scale
+    scale, zero = scale_and_zero(x, clip, bits, symmetric)
+    ratio = x / scale[:, None]
     rounded = ratio.round()
-    code = rounded.clamp(least, most)
+    code = codes_of(x, scale, zero, bits, symmetric) - zero[:, None]
     inside = code == rounded
     step = torch.where(inside, code - ratio, code)
     steps = 2 ** (bits - 1) - 1 if symmetric else 2**bits - 1
-    slope = (grad * step).sum(-1, keepdim=True) / steps
-    use_high = high >= -low if symmetric else torch.ones_like(inside[:, :1])
+    slope = (grad * step).sum(-1) / steps
+    high, low = x.amax(-1).clamp(min=0.0), x.amin(-1).clamp(max=0.0)
+    use_high = clip[0] * high >= clip[1] * -low if symmetric else torch.ones_like(high, dtype=bool)
     use_low = ~use_high if symmetric else use_high
-    pair = clip.reshape(2, -1, 1)
-    grad_x = grad * inside
-    above, below = x.amax(-1, keepdim=True).clamp_min(0), x.amin(-1, keepdim=True).clamp_max(0)
-    first = x.argmax(-1, keepdim=True), x.argmin(-1, keepdim=True)
-    grad_x.scatter_add_(-1, first[0], slope * pair[0] * (use_high & (above > 0)))
-    grad_x.scatter_add_(-1, first[1], -slope * pair[1] * (use_low & (below < 0)))
-    grad_clip = torch.cat((slope * use_high * above, -slope * use_low * below), dim=1)
-    return grad_x, grad_clip.t().contiguous()
+    grad_x = torch.where(inside, grad, 0.0)
+    for use, end, ratio_of_end, first in (
+        (use_high & (high > 0), slope, clip[0], x.argmax(-1, keepdim=True)),
+        (use_low & (low < 0), -slope, clip[1], x.argmin(-1, keepdim=True)),
+    ):
+        grad_x.scatter_add_(-1, first, torch.where(use, end * ratio_of_end, 0.0)[:, None])
+    return grad_x, torch.stack((slope * use_high * high, -slope * use_low * low))
 
 
 def hadamard(x: Tensor, base: Tensor | None = None, *, scale: float | None = None) -> Tensor:

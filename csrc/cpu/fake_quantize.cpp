@@ -24,8 +24,8 @@ void fake_quantize(const FakeQuantize& args, int64_t begin, int64_t end) {
 void fake_quantize_backward(const FakeQuantizeBackward& args, int64_t begin, int64_t end) {
   void* const work = scratch(args.k * 4);
 #if defined(__x86_64__)
-  pick(&fake_quantize_backward_rows, &fake_quantize_backward_avx2,
-       &fake_quantize_backward_avx512)(args, begin, end, work);
+  pick(&fake_quantize_backward_rows, &fake_quantize_backward_avx2, &fake_quantize_backward_avx512)(
+      args, begin, end, work);
 #else
   fake_quantize_backward_rows(args, begin, end, work);
 #endif

@@ -73,10 +73,8 @@ inline void fake_quantize_backward_rows(const FakeQuantizeBackward& args, int64_
     const float slope = lanes[0] / static_cast<float>(steps);
     const bool use_max = !args.symmetric || clip_max * range.max >= clip_min * -range.min;
     const bool use_min = !args.symmetric || !use_max;
-    if (use_max && range.max > 0.0f)
-      grad_x[position_of(x, args.k, range.max)] += slope * clip_max;
-    if (use_min && range.min < 0.0f)
-      grad_x[position_of(x, args.k, range.min)] -= slope * clip_min;
+    if (use_max && range.max > 0.0f) grad_x[position_of(x, args.k, range.max)] += slope * clip_max;
+    if (use_min && range.min < 0.0f) grad_x[position_of(x, args.k, range.min)] -= slope * clip_min;
     args.grad_clip[i] = use_max ? slope * range.max : 0.0f;
     args.grad_clip[args.rows + i] = use_min ? slope * -range.min : 0.0f;
   }

@@ -1,0 +1,1 @@
+"""Modules of a quantized model: they call `flatquant_cuda` ops."""
