@@ -181,7 +181,9 @@ def fake_quantize_backward(
     steps = 2 ** (bits - 1) - 1 if symmetric else 2**bits - 1
     slope = (grad * step).sum(-1) / steps
     high, low = x.amax(-1).clamp(min=0.0), x.amin(-1).clamp(max=0.0)
-    use_high = clip[0] * high >= clip[1] * -low if symmetric else torch.ones_like(high, dtype=bool)
+    use_high = (
+        clip[0] * high >= clip[1] * -low if symmetric else torch.ones_like(high, dtype=torch.bool)
+    )
     use_low = ~use_high if symmetric else use_high
     grad_x = torch.where(inside, grad, 0.0)
     for use, end, ratio_of_end, first in (

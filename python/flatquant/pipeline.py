@@ -54,7 +54,7 @@ def calibrate(
     epochs: int | None = None,
     weights: str | None = None,
     seed: int = 0,
-    ignore: tuple[str, ...] = ("lm_head",),
+    ignore: str | tuple[str, ...] = ("lm_head",),
     work_dir: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -92,9 +92,10 @@ def calibrate(
     plan = QuantizationPlan(
         scheme=recipe.scheme,
         sites=frozenset(recipe.transforms),
-        ignore=tuple(ignore),
+        ignore=(ignore,) if isinstance(ignore, str) else tuple(ignore),
         method=recipe.method,
     )
+    _check_ignored(model, plan)
     device = next(model.parameters()).device
     context = FitContext(
         recipe=recipe,
@@ -214,6 +215,15 @@ def _hessians(block: nn.Module, fit: BlockFit, run: BlockRunner, hidden: Tensor)
         return cache[group.site.value]
 
     return hessian_of
+
+
+def _check_ignored(model: nn.Module, plan: QuantizationPlan) -> None:
+    """Warn of entries that name no linear: a typo there would quantize what must be left alone."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for entry in plan.ignore:
+        alone = replace(plan, ignore=(entry,))
+        if entry != "lm_head" and not any(alone.ignores(name) for name in linears):
+            warnings.warn(f"ignore={entry!r} matches no linear of the model", stacklevel=3)
 
 
 def _overridden(recipe: Recipe, epochs: int | None, weights: str | None) -> Recipe:
@@ -346,7 +356,7 @@ def replace_linear(
     scheme: str | Scheme = "W4A4",
     *,
     transform: str | CalibrationResult = "hadamard",
-    ignore: tuple[str, ...] = ("lm_head",),
+    ignore: str | tuple[str, ...] = ("lm_head",),
     seed: int = 0,
 ) -> PreTrainedModel:
     """Replace the decoder's linears by integer ones, in place; returns the model.
@@ -379,6 +389,35 @@ def replace_linear(
     return model
 
 
-def quantize(model: PreTrainedModel, *args: Any, **kwargs: Any) -> PreTrainedModel:
-    """`calibrate`, then `replace_linear` with its result; same arguments as `calibrate`."""
-    return replace_linear(model, transform=calibrate(model, *args, **kwargs))
+def quantize(
+    model: PreTrainedModel,
+    method: str | Recipe = "flatquant",
+    scheme: str | Scheme = "W4A4KV4",
+    calibration: Tensor | None = None,
+    *,
+    epochs: int | None = None,
+    weights: str | None = None,
+    seed: int = 0,
+    ignore: str | tuple[str, ...] = ("lm_head",),
+    work_dir: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> PreTrainedModel:
+    """`calibrate`, then `replace_linear` with its result: in place, returns the model.
+
+    Arguments and errors are those of `calibrate`.
+    """
+    result = calibrate(
+        model,
+        method,
+        scheme,
+        calibration,
+        epochs=epochs,
+        weights=weights,
+        seed=seed,
+        ignore=ignore,
+        work_dir=work_dir,
+        resume=resume,
+        progress=progress,
+    )
+    return replace_linear(model, transform=result)

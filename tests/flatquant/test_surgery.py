@@ -65,6 +65,11 @@ def test_ignored_linears_are_named_with_the_reason(token_ids: Tensor) -> None:
         assert torch.isfinite(model(token_ids).logits).all()
 
 
+def test_an_ignored_name_that_matches_nothing_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="ignore='down_proj' matches no linear"):
+        flatquant.calibrate(build_tiny_model("llama"), "rtn", "W4A4", ignore="down_proj")
+
+
 def test_inputs_are_quantized_once_per_group(
     token_ids: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
