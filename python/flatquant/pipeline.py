@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -37,12 +38,15 @@ from flatquant.models import Site, family_of
 from flatquant.models.spec import check_weights
 from flatquant.plan import FORMAT_VERSION, QuantizationPlan
 from flatquant.recipe import Recipe
+from flatquant.report import report
 from flatquant.result import CalibrationResult, block_file
 from flatquant.runtime.attention import register
 from flatquant.runtime.cache import ATTENTION
 from flatquant.scheme import Scheme
 from flatquant.surgery import block_names
 from flatquant.weights import WEIGHT_QUANTIZERS
+
+_log = logging.getLogger("flatquant")
 
 
 def calibrate(
@@ -361,6 +365,9 @@ def replace_linear(
 ) -> PreTrainedModel:
     """Replace the decoder's linears by integer ones, in place; returns the model.
 
+    What was replaced, what was left alone and why is logged (logger "flatquant", level INFO);
+    `flatquant.report` says it at any time.
+
     Args:
         model: a Hugging Face causal LM of a known family.
         scheme: what to quantize; ignored in favour of the result's own where one is given.
@@ -386,6 +393,7 @@ def replace_linear(
         )
     result.apply(model)
     attach(model)
+    _log.info("%s", report(model))
     return model
 
 

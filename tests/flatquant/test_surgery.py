@@ -65,6 +65,13 @@ def test_ignored_linears_are_named_with_the_reason(token_ids: Tensor) -> None:
         assert torch.isfinite(model(token_ids).logits).all()
 
 
+def test_surgery_logs_its_report(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="flatquant"):
+        model = flatquant.replace_linear(build_tiny_model("llama"), "W4A4")
+    assert str(flatquant.report(model)) in caplog.text
+    assert "left alone: lm_head (listed in ignore)" in caplog.text
+
+
 def test_an_ignored_name_that_matches_nothing_is_warned_of() -> None:
     with pytest.warns(UserWarning, match="ignore='down_proj' matches no linear"):
         flatquant.calibrate(build_tiny_model("llama"), "rtn", "W4A4", ignore="down_proj")
