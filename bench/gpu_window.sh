@@ -42,8 +42,9 @@ native || step build 300 "$PYTHON" setup.py build_ext --inplace
 step info 30 "$PYTHON" -m flatquant_cuda --json
 step ops 150 "$PYTHON" bench/gpu_ops.py
 step tests 200 "$PYTHON" -m pytest -q tests/ops -k cuda -p no:cacheprovider
-if command -v compute-sanitizer >/dev/null; then
-  step memcheck 100 compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" -c '
+sanitizer=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer" 2>/dev/null)
+if [ -n "$sanitizer" ]; then
+  step memcheck 100 "$sanitizer" --tool memcheck --error-exitcode 9 "$PYTHON" -c '
 import sys
 sys.path.insert(0, "bench")
 from gpu_ops import quantize_mismatches

