@@ -113,8 +113,18 @@ def architectures(source: str) -> list[str]:
     return older if source.endswith("_sm8x.cu") else [*older, "sm_90a"]
 
 
+def forget_moved_build() -> None:
+    """CMake refuses a build folder that was made elsewhere (a copied tree): start it anew."""
+    cache = CMAKE_DIR / "CMakeCache.txt"
+    if cache.exists():
+        home = re.search(r"^CMAKE_HOME_DIRECTORY:INTERNAL=(.*)$", cache.read_text(), re.MULTILINE)
+        if home is None or Path(home.group(1)) != ROOT:
+            shutil.rmtree(CMAKE_DIR)
+
+
 def run_cmake() -> None:
     """Build the static libraries; ptxas notes that a kernel runs serialised are errors."""
+    forget_moved_build()
     ninja = shutil.which("ninja")
     configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(CMAKE_DIR)]
     configure += [f"-DFLATQUANT_CUDA={'ON' if cuda_home else 'OFF'}"]

@@ -158,7 +158,23 @@ def page(topics: Mapping[str, list[Figure]]) -> str:
             ]
     if not topics:
         lines += ["", "Nothing has been measured yet."]
+    unproved = never_run(topics)
+    if unproved:
+        lines += ["", "## CUDA kernels that have never run on a GPU", ""]
+        lines += [
+            "They compile for every architecture; nothing is known of their results or speed."
+        ]
+        lines += ["", *(f"- `csrc/cuda/{name}`" for name in unproved)]
     return "\n".join(lines) + "\n"
+
+
+def never_run(topics: Mapping[str, list[Figure]]) -> list[str]:
+    """CUDA sources whose op has no figure that was taken on a GPU."""
+    ran = {
+        figure.what for figures in topics.values() for figure in figures if figure.device != "cpu"
+    }
+    sources = sorted(path.name for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
+    return [name for name in sources if not any(Path(name).stem.split("_sm")[0] in w for w in ran)]
 
 
 def fill_in(text: str, topics: Mapping[str, list[Figure]]) -> str:

@@ -47,6 +47,16 @@ def test_append_and_read(tmp_path, capsys):
     assert "| a/b | 3.5 us | `make bench` |" in page and "2.5" not in page
 
 
+def test_kernels_without_a_gpu_figure_are_listed():
+    figure = record.Figure(
+        what="quantize_activation/4096", value=1.0, unit="us", machine="m", device="H100",
+        commit="c", command="x", date="d",
+    )  # fmt: skip
+    assert "quantize.cu" in record.never_run({})
+    assert "quantize.cu" not in record.never_run({"gpu": [figure]})
+    assert "csrc/cuda/quantize.cu" in record.page({})
+
+
 @pytest.mark.parametrize("line", ["{", "[]", '{"what": "x"}'])
 def test_a_line_that_is_no_figure_is_named(tmp_path, line):
     good = json.dumps(
