@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -14,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -36,15 +33,16 @@ from flatquant.merge import HessianOf, merge_block
 from flatquant.methods import resolve
 from flatquant.models import Site, family_of
 from flatquant.models.spec import check_weights
-from flatquant.plan import FORMAT_VERSION, QuantizationPlan
+from flatquant.plan import QuantizationPlan
 from flatquant.recipe import Recipe
 from flatquant.report import report
-from flatquant.result import CalibrationResult, block_file
+from flatquant.result import CalibrationResult
 from flatquant.runtime.attention import register
 from flatquant.runtime.cache import ATTENTION
 from flatquant.scheme import Scheme
 from flatquant.surgery import block_names
 from flatquant.weights import WEIGHT_QUANTIZERS
+from flatquant.work_dir import WorkDir, fingerprint
 
 _log = logging.getLogger("flatquant")
 
@@ -115,7 +113,7 @@ def calibrate(
             vocabulary = model.get_input_embeddings().weight.shape[0]
             tokens = check_tokens(calibration, vocabulary, f"method {recipe.method!r}")
             hidden, run = first_block_inputs(model, family, tokens, recipe.fit.batch_size)
-        store = _Store(work_dir, resume, _fingerprint(model, recipe, plan, seed, calibration))
+        store = WorkDir(work_dir, resume, fingerprint(model, recipe, plan, seed, calibration))
         results: list[Mapping[str, Tensor]] = []
         log: list[Mapping[str, Any]] = []
         with _bar(len(names), recipe, progress) as bar:
@@ -263,92 +261,6 @@ def _bar(blocks: int, recipe: Recipe, progress: bool) -> Iterator[Any]:
         smoothing=0.05,
     ) as bar:
         yield bar
-
-
-def _fingerprint(
-    model: PreTrainedModel,
-    recipe: Recipe,
-    plan: QuantizationPlan,
-    seed: int,
-    calibration: Tensor | None,
-) -> dict[str, Any]:
-    """What must be the same for finished blocks to be reused."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(name.encode())
-        digest.update(str((parameter.dtype, tuple(parameter.shape))).encode())
-        sample = parameter.detach().flatten()[:: max(parameter.numel() // 1024, 1)]
-        digest.update(sample.float().cpu().numpy().tobytes())
-    tokens = b"" if calibration is None else calibration.cpu().numpy().tobytes()
-    settings = {
-        **vars(recipe),
-        "transforms": dict(recipe.transforms),
-        "scales": dict(recipe.scales),
-    }
-    return {
-        "format_version": FORMAT_VERSION,
-        "plan": plan.to_dict(),
-        "recipe": {key: str(value) for key, value in settings.items()},
-        "seed": seed,
-        "model": digest.hexdigest(),
-        "calibration": hashlib.sha256(tokens).hexdigest(),
-    }
-
-
-class _Store:
-    """Finished blocks on disk: run.json says of which run, one safetensors file a block."""
-
-    def __init__(
-        self, work_dir: str | Path | None, resume: bool, fingerprint: dict[str, Any]
-    ) -> None:
-        self.folder = None if work_dir is None else Path(work_dir)
-        self.resume = resume
-        if self.folder is None:
-            if resume:
-                raise ValueError("resume=True needs work_dir, the folder of the interrupted run")
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        header = self.folder / "run.json"
-        if header.exists():
-            before = json.loads(header.read_text())
-            changed = [key for key in fingerprint if before.get(key) != fingerprint[key]]
-            if resume and changed:
-                raise ValueError(
-                    f"{self.folder} belongs to another run: {', '.join(changed)} differ; "
-                    "use the same arguments, or another work_dir"
-                )
-            if not resume and any(self.folder.glob("block-*.safetensors")):
-                raise ValueError(
-                    f"{self.folder} holds finished blocks of a run; pass resume=True to continue "
-                    "it, or another work_dir"
-                )
-        header.write_text(json.dumps(fingerprint, indent=1))
-
-    def load(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The finished block, or None."""
-        if self.folder is None or not self.resume:
-            return None
-        file = self.folder / block_file(index)
-        log = file.with_suffix(".json")
-        if not (file.exists() and log.exists()):
-            return None
-        try:
-            return load_file(file), json.loads(log.read_text())
-        except Exception as error:
-            warnings.warn(f"{file.name} is unreadable ({error}); fitting it again", stacklevel=2)
-            return None
-
-    def save(self, index: int, tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> None:
-        """Write a block so that a kill leaves either all of it or nothing."""
-        if self.folder is None:
-            return
-        file = self.folder / block_file(index)
-        partial = file.with_suffix(".partial")
-        save_file({key: value.cpu() for key, value in tensors.items()}, partial)
-        partial.replace(file)
-        log = file.with_suffix(".json")
-        log.with_suffix(".json-partial").write_text(json.dumps(dict(entry)))
-        log.with_suffix(".json-partial").replace(log)
 
 
 DATA_FREE = {"identity": "rtn", "hadamard": "hadamard", "random": "random"}

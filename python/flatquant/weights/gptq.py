@@ -49,7 +49,7 @@ def gptq(task: WeightTask) -> QuantizedWeight:
     codes = torch.empty_like(weight)
     for begin in range(0, columns, BLOCK):
         end = min(begin + BLOCK, columns)
-        errors = torch.empty(weight.shape[0], end - begin, dtype=weight.dtype)
+        errors = weight.new_empty(weight.shape[0], end - begin)
         for column in range(begin, end):
             s = wide[:, column // per_scale]
             code = (weight[:, column] / s).round().clamp(-qmax - 1, qmax)
