@@ -118,7 +118,7 @@ def calibrate(
         log: list[Mapping[str, Any]] = []
         with _bar(len(names), recipe, progress) as bar:
             for index, name in enumerate(names):
-                block = copy.deepcopy(model.get_submodule(name)).to(wide)
+                block = copy.deepcopy(model.get_submodule(name)).to(wide).eval()
                 block.requires_grad_(False)
                 targets = None if hidden is None or run is None else _targets(run, block, hidden)
                 done = store.load(index)
