@@ -78,8 +78,9 @@ def report(model: nn.Module) -> QuantizationReport:
         elif isinstance(module, nn.Linear):
             left_alone[name] = _why(model, name, plan)
         elif isinstance(module, KVQuantizer):
-            for op in ("kv_quantize_append", "kv_dequantize", "attention_decode"):
-                ops[op] = fq.backend(op, device)
+            used = ["kv_quantize_append", "kv_dequantize", "attention_decode"]
+            used += ["kronecker"] if module.q_trans is not None else []
+            ops.update({op: fq.backend(op, device) for op in used})
     return QuantizationReport(
         scheme=None if plan is None else str(plan.scheme),
         quantized_share=inside / max(total, 1),
