@@ -34,10 +34,19 @@ def describe(info: dict[str, Any]) -> str:
     for device, ops in info["ops"].items():
         for backend in ("native", "reference"):
             names = [op for op, found in ops.items() if found == backend]
+            why = f" ({_why(info, device)})" if backend == "reference" else ""
             if names:
-                rows.append((f"{device} {backend}", ", ".join(names)))
+                rows.append((f"{device} {backend}", ", ".join(names) + why))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def _why(info: dict[str, Any], device: str) -> str:
+    """Why the ops that the reference answers on a device have no kernel there."""
+    if info["library"] != "loaded":
+        return "the library is not loaded"
+    reason = info["build"].get("not_built", {}).get("cuda") if device == "cuda" else None
+    return f"not built: {reason}" if reason else "this version has no kernel for them"
 
 
 def main(arguments: list[str]) -> int:

@@ -401,6 +401,8 @@ def test_build_info_for_programs_and_people() -> None:
     text = describe(here)
     assert torch.__version__ in text and here["cpu_isa"] in text
     assert all(op in text for op in library.OPS)
+    without = [line for line in text.splitlines() if " reference " in line]
+    assert all(line.endswith(")") for line in without), "each says why there is no kernel"
 
 
 def test_reference_answers_without_a_library(tmp_path: Path) -> None:
