@@ -23,21 +23,8 @@ HessianOf = Callable[[str], Tensor]
 """Name of a linear -> Σ xᵀx of its quantized inputs, with all earlier weights already rounded."""
 
 
-def freeze(transform: Transform | None, dtype: torch.dtype) -> FrozenTransform | None:
-    """Float64 matrices of a transform whose online factors will be rounded to `dtype`."""
-    if transform is None:
-        return None
-    now = transform.matrices()
-
-    def rounded(matrix: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        if matrix is None:
-            return None, None
-        online = matrix.detach().to(dtype).double()
-        return online, online.inverse().mT.contiguous()
-
-    left, left_inv_t = rounded(now.left)
-    right, right_inv_t = rounded(now.right)
-    return FrozenTransform(left=left, left_inv_t=left_inv_t, right=right, right_inv_t=right_inv_t)
+def _freeze(transform: Transform | None, dtype: torch.dtype) -> FrozenTransform | None:
+    return None if transform is None else transform.freeze(dtype)
 
 
 @torch.no_grad()
@@ -55,11 +42,11 @@ def merge_block(
         ValueError: a merged tensor is not finite.
     """
     recipe, family = fit.context.recipe, fit.context.family
-    values = freeze(fit.values, torch.float64)
+    values = _freeze(fit.values, torch.float64)
     outputs = family.group(Site.ATTN_OUT).linears
     tensors: dict[str, Tensor] = {}
     frozen = {
-        site: freeze(group.transform, dtype) or FrozenTransform()
+        site: _freeze(group.transform, dtype) or FrozenTransform()
         for site, group in fit.groups.items()
     }
     channels = {
@@ -198,7 +185,7 @@ def _head_tensors(fit: BlockFit, dtype: torch.dtype) -> dict[str, Tensor]:
         tensors[f"{name}.{part}"] = (
             torch.ones(2) if clip is None else clip.ratios().detach().float()
         )
-    frozen = freeze(heads.transform, dtype)
+    frozen = _freeze(heads.transform, dtype)
     if frozen is not None and frozen.right is not None and frozen.right_inv_t is not None:
         tensors[f"{name}.k_trans"] = frozen.right.float()
         tensors[f"{name}.q_trans"] = frozen.right_inv_t.float()

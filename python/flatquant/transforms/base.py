@@ -69,20 +69,22 @@ class Transform(nn.Module, ABC):
     def matrices(self) -> FrozenTransform:
         """The matrices as they are now: differentiable, in the parameters' dtype."""
 
-    def freeze(self) -> FrozenTransform:
-        """The finished matrices in float64, inverses recomputed from P in float64."""
+    def freeze(self, dtype: torch.dtype = torch.float64) -> FrozenTransform:
+        """The finished matrices in float64, for merging.
+
+        The factors are rounded to `dtype`, in which the online op will hold them, and the
+        inverses are those of the rounded factors, so that the two cancel as well as they can.
+        """
         now = self.matrices()
+        left, left_inv_t = _rounded(now.left, dtype)
+        right, right_inv_t = _rounded(now.right, dtype)
         return FrozenTransform(
-            left=_double(now.left),
-            left_inv_t=_inverse_t(now.left),
-            right=_double(now.right),
-            right_inv_t=_inverse_t(now.right),
+            left=left, left_inv_t=left_inv_t, right=right, right_inv_t=right_inv_t
         )
 
 
-def _double(matrix: Tensor | None) -> Tensor | None:
-    return None if matrix is None else matrix.detach().double()
-
-
-def _inverse_t(matrix: Tensor | None) -> Tensor | None:
-    return None if matrix is None else matrix.detach().double().inverse().mT.contiguous()
+def _rounded(matrix: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    if matrix is None:
+        return None, None
+    online = matrix.detach().to(dtype).double()
+    return online, online.inverse().mT.contiguous()
