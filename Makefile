@@ -68,9 +68,10 @@ $(STAMPS)/torch: $(STAMPS)/venv
 
 $(STAMPS)/packages: constraints.txt $(STAMPS)/torch
 	$(PIP) install -q -c constraints.txt $(RUNTIME) $(BUILD) $(CHECKS)
-	@# Headers only, and only nvcc reads them; their Python dependencies are not needed.
+	@# Only where there is nvcc: headers that it reads (their Python dependencies are not needed), and the disassembler
+	@# for the tests of machine code.
 	@if command -v nvcc >/dev/null || [ -x "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ]; then \
-	  $(PIP) install -q --no-deps nvidia-cutlass==4.2.0.0; \
+	  $(PIP) install -q --no-deps nvidia-cutlass==4.2.0.0 nvidia-cuda-cuobjdump==13.2.86 nvidia-cuda-nvdisasm==13.2.86; \
 	fi
 	@touch $@
 

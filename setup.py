@@ -6,7 +6,8 @@ Three settings, told apart here and named by `python -m flatquant_cuda`:
   nvcc, torch with CUDA    all
 torch is not a build requirement (it would pull gigabytes into pip's build environment): it is taken
 from the environment that is installed into. Environment: FLATQUANT_CUDA=0, CUDA_HOME, CUTLASS_DIR,
-MAX_JOBS.
+MAX_JOBS; FLATQUANT_TEST_S4=1 builds the INT4 products of sm_8x for sm_90a, where they are exact and
+slow: only to test them on a Hopper card.
 """
 
 import importlib.util
@@ -68,6 +69,7 @@ def output_of(*command: str) -> str:
         return ""
 
 
+testing_s4 = os.environ.get("FLATQUANT_TEST_S4") == "1"
 switched_off = os.environ.get("FLATQUANT_CUDA") == "0"
 cuda_home = None if switched_off else find_cuda_home()
 cutlass = find_cutlass() if cuda_home else None
@@ -86,6 +88,7 @@ def build_facts(native_module: bool) -> dict[str, object]:
     if not native_module:
         not_built["flatquant_cuda._native"] = "pybind11 was not installed"
     sources = sorted(path.name for path in (ROOT / "csrc/cuda").glob("*.cu"))
+    sources = [name for name in sources if cutlass or "_cutlass_" not in name]
     version = re.search(r"V([\d.]+)", output_of(f"{cuda_home}/bin/nvcc", "--version"))
     has_cuda = torch.version.cuda is not None
     with_nvcc = "nvcc and a torch with CUDA" if has_cuda else "nvcc and a CPU-only torch"
@@ -96,6 +99,7 @@ def build_facts(native_module: bool) -> dict[str, object]:
         "nvcc": version.group(1) if version and cuda_home else None,
         "cpu_isas": ["portable", "avx2", "avx512"] if is_x86() else ["portable"],
         "cuda_architectures": {name: architectures(name) for name in sources if cuda_home},
+        "testing_s4": testing_s4,
         "not_built": not_built,
     }
 
@@ -109,8 +113,9 @@ def architectures(source: str) -> list[str]:
     """Architectures of a CUDA source, from its name (CMakeLists.txt has the same rule)."""
     if source.endswith("_sm90.cu"):
         return ["sm_90a"]
-    older = ["sm_80", "sm_86", "sm_89"]
-    return older if source.endswith("_sm8x.cu") else [*older, "sm_90a"]
+    if source.endswith("_sm8x.cu"):
+        return ["sm_90a"] if testing_s4 else ["sm_80", "sm_86", "sm_89"]
+    return ["sm_80", "sm_86", "sm_89", "sm_90a", "compute_80"]
 
 
 def forget_moved_build() -> None:
@@ -131,6 +136,7 @@ def run_cmake() -> None:
     configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
     configure += [f"-DCMAKE_CUDA_COMPILER={cuda_home}/bin/nvcc"] if cuda_home else []
     configure += [f"-DCUTLASS_DIR={cutlass or ''}"]
+    configure += [f"-DFLATQUANT_TEST_S4={'ON' if testing_s4 else 'OFF'}"]
     subprocess.run(configure, check=True)
     jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
     build = ["cmake", "--build", str(CMAKE_DIR), "--parallel", jobs]
@@ -211,7 +217,7 @@ def extensions() -> list:
     found.append(
         Pybind11Extension(
             "flatquant_cuda._native",
-            ["csrc/native/introspect.cpp"],
+            sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/native/*.cpp")),
             cxx_std=17,
             extra_compile_args=["-O2", "-ffp-contract=off"],
             depends=headers,

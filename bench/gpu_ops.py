@@ -1,82 +1,273 @@
-"""Check the CUDA kernels against the reference, then time them, on the current GPU.
+"""Time the CUDA ops against their floors and against plain PyTorch, on the current GPU.
 
-    python bench/gpu_ops.py [--seconds S]
+    python bench/gpu_ops.py [ceilings] [transform] [gemm] [splits] [--seconds-left S]
 
-An op takes part as soon as it has a CUDA kernel: `flatquant_cuda.backend(op, "cuda")` is native.
-Figures go to $OUT/gpu-ops.jsonl, or docs/results without $OUT.
+ceilings: what this card reaches: copy bandwidth, bfloat16 and int8 products of cuBLAS.
+transform: transform and quantizer in one launch, over the widths and batches of the FlatQuant
+    paper's kernel table (prefill of 2048 tokens and decoding), against unfused PyTorch.
+gemm: layers of LLaMA and Qwen models, against cuBLAS bfloat16 and torch's int8 product.
+splits: the paper's figures 5 and 6: every Kronecker split of 4096 channels, and what each online
+    transform of a LLaMA-2-7B layer costs.
+
+Each call is compared with the CPU kernels on a few tokens before it is timed; a wrong answer is
+printed, counted and not timed. Calls run inside a CUDA graph and take turns over inputs larger than
+the L2 cache. Figures go to $OUT/gpu-*.jsonl, or docs/results without $OUT.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from harness import measure, rotate
+from harness import Timing, measure_in_graph, rotate
 from record import append, device_name
 from torch import Tensor
 
-from flatquant_cuda import backend, ops, reference
+from flatquant.transforms.split import kronecker_split
+from flatquant_cuda import activation_layout, backend, ops, packing
 
-TOPIC = "gpu-ops"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHAPES = ((1, 4096), (16, 4096), (2048, 4096), (2048, 11008))
+WIDTHS = (4096, 5120, 8192, 11008, 13824, 14336)
+BATCHES = (1, 4, 16, 64)
+PREFILL = 2048
+LAYERS = {  # model and place: out_features, in_features
+    "LLaMA-2-7B qkv": (12288, 4096),
+    "LLaMA-2-7B o": (4096, 4096),
+    "LLaMA-2-7B gate|up": (22016, 4096),
+    "LLaMA-2-7B down": (4096, 11008),
+    "LLaMA-3-8B qkv": (6144, 4096),
+    "LLaMA-3-8B gate|up": (28672, 4096),
+    "LLaMA-3-8B down": (4096, 14336),
+    "Qwen2.5-7B qkv": (4608, 3584),
+    "Qwen2.5-7B gate|up": (37888, 3584),
+    "Qwen2.5-7B down": (3584, 18944),
+    "8192x8192": (8192, 8192),
+}
+TOKENS = (16, 256, 2048, 8192)
+
+wrong: list[str] = []
 
 
-def quantize_mismatches() -> Iterator[str]:
-    """Every setting of quantize_activation whose answer is not the reference's, bit for bit."""
-    generator = torch.Generator().manual_seed(0)
-    for rows, k in ((0, 64), (1, 1), (3, 7), (5, 576), (2, 4097), (257, 1536)):
-        for dtype in DTYPES:
-            x = torch.randn(rows, k, generator=generator).to(dtype)
-            if rows > 2:
-                x[0] = 0
-                x[1, 0] = float("nan")
-            for bits, symmetric in ((4, True), (4, False), (8, True), (8, False), (3, True)):
-                want = reference.quantize_activation(x, bits=bits, symmetric=symmetric)
-                got = ops.quantize_activation(x.cuda(), bits=bits, symmetric=symmetric)
-                if not all(_same(g.cpu(), w) for g, w in zip(got, want, strict=True)):
-                    yield f"quantize_activation [{rows}, {k}] {dtype} bits={bits} {symmetric=}"
+class Ceilings:
+    """Bytes and operations a second that this card reaches, measured once."""
+
+    def __init__(self) -> None:
+        big = [torch.empty(2**28, dtype=torch.uint8, device="cuda") for _ in range(4)]
+        copies = [(big[0], big[1]), (big[2], big[3])]
+        timing = measure_in_graph(lambda a, b: a.copy_(b), copies, calls=8)
+        self.bytes = 2 * 2**28 / timing.median
+        del big, copies
+        n = 8192
+        a, b = (torch.randn(n, n, device="cuda").bfloat16() for _ in range(2))
+        self.bf16 = 2 * n**3 / measure_in_graph(torch.mm, [(a, b)], calls=4, samples=9).median
+        c, d = (torch.randint(-128, 127, (n, n), device="cuda").to(torch.int8) for _ in range(2))
+        int8 = measure_in_graph(torch._int_mm, [(c, d.t())], calls=4, samples=9)
+        self.int8 = 2 * n**3 / int8.median
+
+    def record(self) -> None:
+        """Put them on record."""
+        figure("gpu-ceilings", "copy, bytes read and written", self.bytes / 1e9, "GB/s")
+        figure("gpu-ceilings", "cuBLAS bfloat16, 8192 cubed", self.bf16 / 1e12, "TFLOP/s")
+        figure("gpu-ceilings", "torch._int_mm, 8192 cubed", self.int8 / 1e12, "TOP/s")
 
 
-def time_quantize(seconds: float) -> None:
-    """Time quantize_activation and record its time and the bytes it moves a second."""
-    for rows, k in SHAPES:
-        inputs = rotate(
-            lambda index, rows=rows, k=k: [torch.randn(rows, k, device="cuda").bfloat16()]  # type: ignore[misc]
-        )
-        timing = measure(ops.quantize_activation, inputs, seconds=seconds)
-        moved = rows * (2 * k + k / 2 + 4)
-        name = f"quantize_activation/{rows}x{k} bfloat16"
-        device = device_name()
-        append(TOPIC, f"{name}/time", round(timing.median * 1e6, 2), "us", device=device)
-        append(TOPIC, f"{name}/rate", round(moved / timing.median / 1e9, 1), "GB/s", device=device)
+def figure(topic: str, what: str, value: float, unit: str) -> None:
+    """Record a figure of this GPU."""
+    append(topic, what, float(f"{value:.4g}"), unit, device=device_name())
+
+
+def unfused(x: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """What a user writes without a kernel: two products, a maximum, a rounding, a packing."""
+    n1, n2 = left.shape[0], right.shape[0]
+    y = (left @ x.view(-1, n1, n2) @ right).view(x.shape)
+    scale = y.abs().amax(-1, keepdim=True).float() / 7
+    codes = torch.round(y / scale).clamp_(-8, 7).to(torch.int8)
+    return (codes[:, ::2] & 15) | (codes[:, 1::2] << 4), scale
+
+
+def close(got: tuple[Tensor, ...], want: tuple[Tensor, ...], bits: int, layout: int) -> bool:
+    """The transform's rule (docs/numerics.md) on a few tokens; one flip more for their number."""
+    k = got[0].shape[-1] * (2 if bits <= 4 and layout == packing.PACKED else 1)
+    a, b = (
+        packing.unpack_activation(codes.cpu(), k, bits, layout, True).int()
+        for codes in (got[0], want[0])
+    )
+    flips = (a - b).abs()
+    scales = torch.allclose(got[1].cpu(), want[1], rtol=2.0**-8, atol=0)
+    return scales and int(flips.max()) <= 1 and int((flips > 0).sum()) <= 1 + 2e-4 * a.numel()
+
+
+def transform_arguments(
+    tokens: int, width: int, split: tuple[int, int], *, gate: bool = False
+) -> Callable[[int], list[Tensor]]:
+    """Fresh arguments for one call."""
+
+    def make(index: int) -> list[Tensor]:
+        generator = torch.Generator("cuda").manual_seed(index)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, device="cuda", generator=generator)
+
+        x = [normal(tokens, width).bfloat16() for _ in range(1 + gate)]
+        return [x[0], *(normal(n, n) / n**0.5 for n in split), *x[1:]]
+
+    return make
+
+
+def time_transform(
+    name: str, tokens: int, width: int, split: tuple[int, int], ceilings: Ceilings, **options: Any
+) -> Timing | None:
+    """Check, time and record one setting of kronecker_quantize."""
+    gate = options.pop("gate", False)
+    bits, layout = options.get("bits", 4), options.setdefault("layout", packing.PACKED)
+
+    def call(x: Tensor, left: Tensor, right: Tensor, *gates: Tensor) -> tuple[Tensor, ...]:
+        gated = gates[0] if gates else None
+        return ops.kronecker_quantize(x, left, right, gate=gated, **options)
+
+    inputs = rotate(transform_arguments(tokens, width, split, gate=gate))
+    few = [t[:3] if t.shape[-1] == width and t.dim() == 2 and t.shape[0] == tokens else t
+           for t in inputs[0]]  # fmt: skip
+    want = call(*(t.cpu() for t in few))
+    if not close(call(*few), want, bits, layout):
+        wrong.append(name)
+        print(f"WRONG: {name}", flush=True)
+        return None
+    timing = measure_in_graph(call, inputs)
+    moved = tokens * ((1 + gate) * 2 * width + (width if layout else width / 2) + 4)
+    figure("gpu-transform", f"{name}/time", timing.median * 1e6, "us")
+    figure("gpu-transform", f"{name}/p90", timing.p90 * 1e6, "us")
+    share = moved / timing.median / ceilings.bytes
+    figure("gpu-transform", f"{name}/share of copy bandwidth", share * 100, "%")
+    return timing
+
+
+def transform_table(ceilings: Ceilings, left_s: Callable[[], float]) -> None:
+    """The paper's kernel table, prefill and decoding."""
+    settings = [(PREFILL, "prefill"), (1, "decode")]
+    for batch in BATCHES:
+        for width in WIDTHS:
+            for length, phase in settings:
+                if left_s() < 20:
+                    return print("no time left for more of the transform table")
+                tokens, split = batch * length, kronecker_split(width)
+                name = f"kronecker_quantize/{width} channels/{phase} of {batch}"
+                timing = time_transform(name, tokens, width, split, ceilings, rms_eps=1e-5)
+                if timing is None or (phase == "prefill" and batch > 16):
+                    continue
+                make = transform_arguments(tokens, width, split)
+                halves = [[t.bfloat16() for t in make(index)] for index in range(3)]
+                plain = measure_in_graph(unfused, halves, calls=8)
+                ratio = plain.median / timing.median
+                figure("gpu-transform", f"{name}/against unfused PyTorch", ratio, "x")
+
+
+def online_transforms(ceilings: Ceilings) -> None:
+    """Every split of 4096 (figure 5), then the transforms of a LLaMA-2-7B layer (figure 6)."""
+    for log in range(0, 7):
+        split = (2**log, 4096 >> log)
+        time_transform(f"split {split[0]}x{split[1]}/2048 tokens", PREFILL, 4096, split, ceilings)
+    bytes_wanted = activation_layout(torch.device("cuda"))
+    for name, width, split, options in (
+        ("before q/k/v", 4096, (64, 64), {"rms_eps": 1e-5}),
+        ("before gate/up", 4096, (64, 64), {"rms_eps": 1e-5}),
+        ("before down, with SiLU(gate) x up", 11008, (86, 128), {"gate": True}),
+        ("before q/k/v, one byte a code", 4096, (64, 64), {"layout": bytes_wanted}),
+    ):
+        title = f"LLaMA-2-7B layer, {name}/2048 tokens"
+        time_transform(title, PREFILL, width, split, ceilings, **options)
+
+
+def gemm_table(ceilings: Ceilings, left_s: Callable[[], float]) -> None:
+    """Integer GEMMs against cuBLAS bfloat16 and torch's int8 product in the same run."""
+    layout = activation_layout(torch.device("cuda"))
+    layers = sorted(LAYERS.items(), key=lambda item: item[0] != "8192x8192")
+    for m in sorted(TOKENS, reverse=True):
+        for place, (n, k) in layers:
+            if left_s() < 15:
+                return print("no time left for more of the GEMM table")
+
+            def make(index: int, m: int = m, n: int = n, k: int = k) -> list[Tensor]:
+                generator = torch.Generator("cuda").manual_seed(index)
+                options: dict[str, Any] = {"device": "cuda", "generator": generator}
+                a = torch.randint(-8, 8, (m, k), **options).to(torch.int8)
+                w = torch.randint(0, 256, (n, k // 2), **options).to(torch.uint8)
+                return [a, torch.rand(m, **options), w, torch.rand(n, **options)]
+
+            inputs = rotate(make, most=8)
+            a, w = inputs[0][0], inputs[0][2]
+            assert isinstance(a, Tensor) and isinstance(w, Tensor)
+            floats = [
+                [torch.randn(rows, k, device="cuda").bfloat16() for rows in (m, n)] for _ in inputs
+            ]
+            plain = measure_in_graph(torch.nn.functional.linear, floats, calls=8)
+            del floats
+            times = {"cuBLAS bfloat16": plain}
+            if m > 16:
+                wide = packing.unpack_nibbles(w, k).t()
+                times["torch._int_mm"] = measure_in_graph(torch._int_mm, [(a, wide)], calls=8)
+            for op in ("gemm_w4a4", "gemm_w4a8"):
+                nibbles = op == "gemm_w4a4" and layout == packing.PACKED
+                if op == "gemm_w4a4" and not nibbles:
+                    continue  # the same kernel and the same codes as gemm_w4a8 here
+                function = getattr(ops, op)
+                if nibbles:
+                    inputs = [[packing.pack_nibbles(i[0]), *i[1:]] for i in inputs]
+
+                def call(*args: Tensor, function: Any = function) -> Tensor:
+                    result: Tensor = function(*args, out_dtype=torch.bfloat16)
+                    return result
+
+                first = [t for t in inputs[0] if isinstance(t, Tensor)]
+                rows = [first[0][:5], first[1][:5], first[2], first[3]]
+                want = getattr(ops, op)(*(t.cpu() for t in rows), out_dtype=torch.bfloat16)
+                name = f"{op}/{place} {k}->{n}/{m} tokens"
+                if not torch.equal(call(*first)[:5].cpu(), want):
+                    wrong.append(name)
+                    print(f"WRONG: {name}", flush=True)
+                    continue
+                timing = measure_in_graph(call, inputs, calls=8)
+                rate = 2 * m * n * k / timing.median
+                figure("gpu-gemm", f"{name}/time", timing.median * 1e6, "us")
+                figure("gpu-gemm", f"{name}/rate", rate / 1e12, "TOP/s")
+                moved = n * k / 2 + m * k + 2 * m * n
+                figure("gpu-gemm", f"{name}/bytes", moved / timing.median / 1e9, "GB/s")
+                for baseline, other in times.items():
+                    ratio = other.median / timing.median
+                    figure("gpu-gemm", f"{name}/against {baseline}", ratio, "x")
 
 
 def main() -> int:
-    """Check, then time; 1 where there is no GPU, no CUDA kernel, or a wrong answer."""
+    """Run the parts that are asked for; 1 without a GPU or after a wrong answer."""
+    parts = ("ceilings", "transform", "gemm", "splits")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of sampling for each shape")
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(parts)}; none given: all")
+    parser.add_argument("--seconds-left", type=float, default=1e9, help="stop in time")
     options = parser.parse_args()
-    if not torch.cuda.is_available() or backend("quantize_activation", "cuda") != "native":
+    if unknown := set(options.parts) - set(parts):
+        parser.error(f"unknown parts {sorted(unknown)}: they must be of {', '.join(parts)}")
+    options.parts = options.parts or list(parts)
+    end = time.monotonic() + options.seconds_left
+    if not torch.cuda.is_available() or backend("kronecker_quantize", "cuda") != "native":
         print("gpu_ops: no GPU, or no CUDA kernel (see python -m flatquant_cuda)", file=sys.stderr)
         return 1
-    wrong = list(quantize_mismatches())
-    device = device_name()
-    append(TOPIC, "quantize_activation/settings that differ from the reference", len(wrong),
-           device=device)  # fmt: skip
-    for line in wrong:
-        print(f"WRONG: {line}", file=sys.stderr)
-    if not wrong:
-        time_quantize(options.seconds)
+    ceilings = Ceilings()
+    if "ceilings" in options.parts:
+        ceilings.record()
+
+    def left_s() -> float:
+        return end - time.monotonic()
+
+    if "gemm" in options.parts:
+        gemm_table(ceilings, left_s)
+    if "transform" in options.parts:
+        transform_table(ceilings, left_s)
+    if "splits" in options.parts and left_s() > 20:
+        online_transforms(ceilings)
     return 1 if wrong else 0
-
-
-def _same(got: Tensor, want: Tensor) -> bool:
-    return got.dtype == want.dtype and torch.equal(
-        torch.nan_to_num(got.double(), nan=-1e300), torch.nan_to_num(want.double(), nan=-1e300)
-    )
 
 
 if __name__ == "__main__":

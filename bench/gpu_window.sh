@@ -1,55 +1,70 @@
 #!/usr/bin/env bash
-# Everything worth doing with a few minutes on a GPU machine, the most important first:
+# Everything worth doing with a few minutes on a GPU machine, the most valuable first:
 #
 #   OUT=folder PYTHON=python3 bench/gpu_window.sh
 #
-# builds the library unless it loads with its CUDA kernels, compares every op that has a CUDA kernel with the
-# reference, times them, runs the op tests on the GPU, and looks for memory errors with compute-sanitizer. Each step
-# has a time limit and a log in $OUT, JSON lines of figures go there too, and all ends within 9 minutes. A step that
-# fails does not stop the next; the exit code is the number of failed steps.
+#   1. the library: loaded if it was built elsewhere for this torch (stable ABI), else built here
+#   2. every op that has a CUDA kernel against the reference, then the op tests on the GPU: streams, CUDA graphs,
+#      another device, opcheck, torch.compile, real sizes, batch invariance
+#   3. compute-sanitizer: memcheck, racecheck, synccheck on a few rows of every op
+#   4. benchmarks: ceilings of the card, GEMM, transform, splits
+#   5. the INT4 products of sm_8x, built for this card as a slow emulation, against the reference, if the folder
+#      $S4 holds such a build (FLATQUANT_TEST_S4=1 python setup.py build_ext --inplace in a copy of the tree)
+#
+# Each step has a time limit, all ends within 9 minutes, and a step that fails does not stop the next. $OUT gets at
+# most 8 files: log.txt, steps.jsonl and the figures as JSON lines, each flushed as soon as it is known. The exit code
+# is the number of failed steps. Needs nothing outside the checkout but python3 with torch and pytest.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=$(mkdir -p "${OUT:-out/gpu}" && cd "${OUT:-out/gpu}" && pwd)
-export OUT PYTHONPATH="$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}"
-end=$((SECONDS + 520))
+export OUT PYTHONPATH="$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+S4=${S4:-out/s4}
+end=$((SECONDS + ${SECONDS_LIMIT:-525}))
 failed=0
+: >"$OUT/log.txt"
+: >"$OUT/steps.jsonl"
 
 # step NAME LIMIT COMMAND...: run it with what is left of the limit, note the exit code and the time.
 step() {
   local name=$1 limit=$2 start=$SECONDS rc=0
   shift 2
   ((limit > end - SECONDS)) && limit=$((end - SECONDS))
+  printf '\n=== %s\n' "$name" >>"$OUT/log.txt"
   if ((limit < 5)); then
     rc=124
-    echo "no time left" >"$OUT/$name.log"
+    echo "no time left" >>"$OUT/log.txt"
   else
-    timeout -k 5 "$limit" "$@" >"$OUT/$name.log" 2>&1 || rc=$?
+    timeout -k 5 "$limit" "$@" >>"$OUT/log.txt" 2>&1 || rc=$?
   fi
   ((rc == 0)) || failed=$((failed + 1))
   printf '{"step": "%s", "rc": %d, "seconds": %d}\n' "$name" "$rc" $((SECONDS - start)) | tee -a "$OUT/steps.jsonl"
-  ((rc == 0)) || tail -n 15 "$OUT/$name.log"
+  ((rc == 0)) || tail -n 25 "$OUT/log.txt"
   return $rc
 }
 
 native() {
-  "$PYTHON" -c 'import sys, flatquant_cuda as f; sys.exit(f.backend("quantize_activation", "cuda") != "native")' \
+  "$PYTHON" -c 'import sys, flatquant_cuda as f; sys.exit(f.backend("kronecker_quantize", "cuda") != "native")' \
     >/dev/null 2>&1
 }
 
-: >"$OUT/steps.jsonl"
-native || step build 300 "$PYTHON" setup.py build_ext --inplace
+native || step build 280 "$PYTHON" setup.py build_ext --inplace
 step info 30 "$PYTHON" -m flatquant_cuda --json
-step ops 150 "$PYTHON" bench/gpu_ops.py
-step tests 200 "$PYTHON" -m pytest -q tests/ops -k cuda -p no:cacheprovider
+step cases 110 "$PYTHON" bench/gpu_cases.py
+step tests 130 "$PYTHON" -m pytest -q tests/ops -k "cuda" -p no:cacheprovider --maxfail=40 --tb=line
+
 sanitizer=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer" 2>/dev/null)
 if [ -n "$sanitizer" ]; then
-  step memcheck 100 "$sanitizer" --tool memcheck --error-exitcode 9 "$PYTHON" -c '
-import sys
-sys.path.insert(0, "bench")
-from gpu_ops import quantize_mismatches
-sys.exit(bool(list(quantize_mismatches())))'
+  for tool in memcheck racecheck synccheck; do
+    step "$tool" 50 "$sanitizer" --tool "$tool" --error-exitcode 9 "$PYTHON" bench/gpu_cases.py --small
+  done
 else
-  echo "compute-sanitizer is not here: memory errors were not looked for"
+  echo "compute-sanitizer is not here: memory errors and races were not looked for" | tee -a "$OUT/log.txt"
 fi
+
+if [ -d "$S4" ]; then
+  (cd "$S4" && PYTHONPATH="$PWD:$PWD/python" step s4 60 "$PYTHON" bench/gpu_cases.py --op gemm_w4a4 gemm_w4a8)
+fi
+left=$((end - SECONDS - 5))
+step bench "$left" "$PYTHON" bench/gpu_ops.py ceilings gemm transform splits --seconds-left $((left - 10))
 exit $failed

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ class Timing:
 
 def measure(
     call: Callable[..., object],
-    inputs: Sequence[Sequence[object]],
+    inputs: Sequence[Sequence[Any]],
     *,
     check: Callable[[], None] | None = None,
     samples: int = 30,
@@ -78,7 +79,51 @@ def measure(
     )
 
 
-def rotate(make: Callable[[int], Sequence[object]], *, most: int = 64) -> list[Sequence[object]]:
+def measure_in_graph(
+    call: Callable[..., object],
+    inputs: Sequence[Sequence[Any]],
+    *,
+    calls: int = 40,
+    samples: int = 15,
+) -> Timing:
+    """Time CUDA work without the launches: many calls in one CUDA graph, replayed.
+
+    Args:
+        call: uses the current stream, and nothing that cannot be captured.
+        inputs: argument lists, from `rotate`; they take turns.
+        calls: in the graph, at least; every argument list has as many.
+        samples: replays that are timed.
+
+    Raises:
+        ValueError: there are no inputs.
+    """
+    if not inputs:
+        raise ValueError("measure_in_graph: there are no inputs: there must be one")
+    rounds = -(-calls // len(inputs))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for arguments in inputs[:3]:
+            call(*arguments)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(rounds):
+            for arguments in inputs:
+                call(*arguments)
+    for _ in range(3):
+        graph.replay()
+    times = sorted(_time_cuda(graph.replay, ()) / (rounds * len(inputs)) for _ in range(samples))
+    return Timing(
+        median=statistics.median(times),
+        p10=times[len(times) // 10],
+        p90=times[(len(times) * 9) // 10],
+        least=times[0],
+        samples=len(times),
+    )
+
+
+def rotate(make: Callable[[int], Sequence[Any]], *, most: int = 64) -> list[Sequence[Any]]:
     """Argument lists from `make(index)`, as many as together exceed the caches.
 
     Args:

@@ -7,7 +7,8 @@
 //
 // cpu:: functions work on [begin, end) of the op's outer dimension, named above each, so that the
 // caller can share it out to threads; results do not depend on how it is cut. cuda:: functions
-// enqueue the whole op on a stream (a cudaStream_t) and return a cudaError_t as int.
+// enqueue the whole op on a stream (a cudaStream_t) and return a cudaError_t as int; those that
+// need scratch memory get it from the caller, at least workspace_bytes(args) of it.
 //
 // T is the type named by the struct's `dtype`. "optional" pointers may be null. The arithmetic is
 // fixed by contract.h.
@@ -17,21 +18,29 @@
 
 namespace fq {
 
+// How the codes of a row lie in memory. kPacked is the order of contract.h: nibbles up to 4 bits,
+// else bytes. kBytes is one byte a code at every width, what an 8-bit matrix unit reads.
+enum class Layout : int32_t { kPacked = 0, kBytes = 1 };
+
 // How rows of numbers become codes.
 struct Grid {
   int32_t bits;    // 2..8
   bool symmetric;  // codes in two's complement around 0; otherwise 0..2^bits-1 with a zero point
   bool narrow;     // symmetric only: leave out the most negative code
+  Layout layout;
 };
+
+FQ_HD int64_t row_bytes(const Grid& grid, int64_t k) {
+  return grid.layout == Layout::kBytes ? k : activation_bytes(k, grid.bits);
+}
 
 // x -> codes, scale, zero, per row. Outer dimension: rows.
 struct QuantizeActivation {
   const void* x;      // T [rows, k]
   const float* clip;  // [2] = (max, min) ratios, optional: (1, 1)
-  uint8_t* codes;  // [rows, activation_bytes(k, bits)]: nibbles up to 4 bits (an odd k leaves a 0),
-                   // else one byte a code
-  float* scale;    // [rows]
-  int32_t* zero;   // [rows]; null when symmetric
+  uint8_t* codes;     // [rows, row_bytes(grid, k)]; an odd k leaves the last high nibble 0
+  float* scale;       // [rows]
+  int32_t* zero;      // [rows]; null when symmetric
   int64_t rows, k;
   Dtype dtype;
   Grid grid;
@@ -87,6 +96,7 @@ struct Hadamard {
 // that it can use every core. A thread's tiles should be consecutive: they share the rows of a.
 //   w4a4: a holds nibbles [m, k / 2]: signed, or unsigned if a_zero is given.
 //   w4a8: a holds int8 [m, k], or uint8 if a_zero is given.
+//   w8a8: likewise, and w holds int8 [n, k]; k <= kMaxGemmK / 16.
 //   An odd k leaves the last high nibble of every row 0, in a and in w; w4a4 does not know about
 //   it: its k is then rounded up to even. With a_zero the accumulator is sum_k a w - a_zero *
 //   w_colsum, in int32.
@@ -94,7 +104,7 @@ struct GemmInteger {
   const uint8_t* a;
   const float* a_scale;     // [m]
   const int32_t* a_zero;    // [m], optional
-  const uint8_t* w;         // [n, nibble_bytes(k)], signed nibbles
+  const uint8_t* w;         // [n, nibble_bytes(k)], signed nibbles; w8a8: int8 [n, k]
   const float* w_scale;     // [n]
   const int32_t* w_colsum;  // [n] = sum_k w, given when a_zero is
   const void* bias;         // bias_dtype [n], optional
@@ -201,6 +211,7 @@ void kronecker_quantize(const KroneckerQuantize& args, int64_t begin, int64_t en
 void hadamard(const Hadamard& args, int64_t begin, int64_t end);                       // rows
 void gemm_w4a4(const GemmInteger& args, int64_t begin, int64_t end);  // tiles of out
 void gemm_w4a8(const GemmInteger& args, int64_t begin, int64_t end);  // tiles of out
+void gemm_w8a8(const GemmInteger& args, int64_t begin, int64_t end);  // tiles of out
 void gemm_w4a16(const GemmW4A16& args, int64_t begin, int64_t end);   // tiles of out
 int64_t gemm_tiles(const GemmInteger& args);
 int64_t gemm_tiles(const GemmW4A16& args);
@@ -216,7 +227,17 @@ void fake_quantize_backward(const FakeQuantizeBackward& args, int64_t begin, int
 
 namespace cuda {
 
-int quantize_activation(const QuantizeActivation& args, void* stream);
+int quantize_activation(const QuantizeActivation& args, void* workspace, void* stream);
+int kronecker(const Kronecker& args, void* workspace, void* stream);
+int kronecker_quantize(const KroneckerQuantize& args, void* workspace, void* stream);
+int hadamard(const Hadamard& args, void* workspace, void* stream);
+int gemm_w4a4(const GemmInteger& args, void* workspace, void* stream);
+int gemm_w4a8(const GemmInteger& args, void* workspace, void* stream);
+int gemm_w8a8(const GemmInteger& args, void* workspace, void* stream);
+
+// Of the current device, and only what that op needs there.
+int64_t gemm_w4a4_workspace(const GemmInteger& args);
+
 const char* error_string(int error);
 
 }  // namespace cuda

@@ -5,7 +5,15 @@ Importing never needs a GPU, libcuda, or a built library.
 """
 
 from . import ops, packing, reference
-from .library import backend, build_info
+from .library import activation_layout, backend, build_info
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "backend", "build_info", "ops", "packing", "reference"]
+__all__ = [
+    "__version__",
+    "activation_layout",
+    "backend",
+    "build_info",
+    "ops",
+    "packing",
+    "reference",
+]

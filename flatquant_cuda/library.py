@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from .packing import BYTES, PACKED
+
 OPS = (
     "quantize_activation",
     "kronecker",
@@ -19,6 +21,7 @@ OPS = (
     "hadamard",
     "gemm_w4a4",
     "gemm_w4a8",
+    "gemm_w8a8",
     "gemm_w4a16",
     "kv_quantize_append",
     "kv_dequantize",
@@ -87,6 +90,20 @@ def is_native(op_name: str, x: torch.Tensor) -> bool:
             stacklevel=3,
         )
     return (op_name, x.device.type) in _native
+
+
+def activation_layout(device: torch.device) -> int:
+    """Layout in which ``device``'s fastest GEMM reads 4-bit activation codes.
+
+    ``packing.BYTES`` on CUDA devices of compute capability 9.0, whose matrix units have no 4-bit
+    product, else ``packing.PACKED``.
+    """
+    return PACKED if device.type != "cuda" else _cuda_activation_layout(device.index or 0)
+
+
+@torch.compiler.assume_constant_result
+def _cuda_activation_layout(index: int) -> int:
+    return BYTES if torch.cuda.get_device_capability(index) == (9, 0) else PACKED
 
 
 def build_info() -> dict[str, Any]:

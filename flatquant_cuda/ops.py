@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import library, reference
+from .packing import PACKED
 
 Quantized = tuple[Tensor, Tensor, Tensor]
 
@@ -27,20 +28,24 @@ def _dense(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _fake(function: Callable[..., object]) -> Callable[..., object]:
-    """Register ``_fake_<op>`` as the shape function of ``<op>``, if the library is there."""
+def _register_fake(op: str, function: Callable[..., object]) -> None:
+    """Make ``function`` the shape function of ``op``, if the library is there."""
     if library.loaded:
-        name = function.__name__.removeprefix("_fake_")
-        torch.library.register_fake(f"flatquant_cuda::{name}")(function)
+        torch.library.register_fake(f"flatquant_cuda::{op}")(function)
+
+
+def _fake(function: Callable[..., object]) -> Callable[..., object]:
+    """Register ``_fake_<op>`` as the shape function of ``<op>``."""
+    _register_fake(function.__name__.removeprefix("_fake_"), function)
     return function
 
 
-def _empty_codes(x: Tensor, bits: int, symmetric: bool) -> Quantized:
+def _empty_codes(x: Tensor, bits: int, symmetric: bool, layout: int) -> Quantized:
     rows, k = x.shape[:-1], x.shape[-1]
     wide = torch.int8 if symmetric else torch.uint8
     codes = (
         x.new_empty((*rows, (k + 1) // 2), dtype=torch.uint8)
-        if bits <= 4
+        if bits <= 4 and layout == PACKED
         else x.new_empty((*rows, k), dtype=wide)
     )
     zero = x.new_empty((0,) if symmetric else rows, dtype=torch.int32)
@@ -54,6 +59,7 @@ def quantize_activation(
     bits: int = 4,
     symmetric: bool = True,
     narrow: bool = False,
+    layout: int = PACKED,
 ) -> Quantized:
     """Quantize each row of ``x``: T ``[..., k]``, on a grid that spans its range.
 
@@ -63,27 +69,28 @@ def quantize_activation(
         bits: width of a code.
         symmetric: two's complement around 0, otherwise unsigned with a zero point.
         narrow: symmetric only: leave out the most negative code.
+        layout: ``packing.PACKED``, or ``packing.BYTES`` for one byte a code at every width.
 
     Returns:
         codes: uint8 ``[..., ceil(k/2)]`` nibbles up to 4 bits (even index low, an odd ``k`` leaves
-        a 0), else int8 (symmetric) or uint8 ``[..., k]``; scale: float32 ``[...]``;
-        zero: int32 ``[...]``, or an empty ``[0]`` if symmetric.
+        a 0), else, and in layout BYTES, int8 (symmetric) or uint8 ``[..., k]``;
+        scale: float32 ``[...]``; zero: int32 ``[...]``, or an empty ``[0]`` if symmetric.
     """
     if not library.is_native("quantize_activation", x):
         return reference.quantize_activation(
-            x, clip=clip, bits=bits, symmetric=symmetric, narrow=narrow
+            x, clip=clip, bits=bits, symmetric=symmetric, narrow=narrow, layout=layout
         )
     result: Quantized = torch.ops.flatquant_cuda.quantize_activation(
-        x.contiguous(), _dense(clip), bits, symmetric, narrow
+        x.contiguous(), _dense(clip), bits, symmetric, narrow, layout
     )
     return result
 
 
 @_fake
 def _fake_quantize_activation(
-    x: Tensor, clip: Tensor | None, bits: int, symmetric: bool, narrow: bool
+    x: Tensor, clip: Tensor | None, bits: int, symmetric: bool, narrow: bool, layout: int
 ) -> Quantized:
-    return _empty_codes(x, bits, symmetric)
+    return _empty_codes(x, bits, symmetric, layout)
 
 
 def kronecker(
@@ -138,6 +145,7 @@ def kronecker_quantize(
     bits: int = 4,
     symmetric: bool = True,
     narrow: bool = False,
+    layout: int = PACKED,
 ) -> Quantized:
     """Transform rows of ``x`` and quantize them in one pass.
 
@@ -153,10 +161,11 @@ def kronecker_quantize(
         rms_eps: fold an RMSNorm in: the codes are those of the row as it is, and the scale is
             multiplied by ``1/sqrt(mean(x^2) + rms_eps)``, taken after the gate and before
             ``channel_scale``. The norm's weight belongs into ``channel_scale`` or the factors.
-        clip: as in :func:`quantize_activation`, and so are ``bits``, ``symmetric``, ``narrow``.
+        clip: as in :func:`quantize_activation`, and so are all that follow.
         bits: width of a code.
         symmetric: two's complement around 0, otherwise unsigned with a zero point.
         narrow: symmetric only: leave out the most negative code.
+        layout: ``packing.PACKED`` or ``packing.BYTES``.
 
     Returns:
         codes, scale, zero as :func:`quantize_activation`.
@@ -173,6 +182,7 @@ def kronecker_quantize(
             bits=bits,
             symmetric=symmetric,
             narrow=narrow,
+            layout=layout,
         )
     result: Quantized = torch.ops.flatquant_cuda.kronecker_quantize(
         x.contiguous(),
@@ -185,6 +195,7 @@ def kronecker_quantize(
         bits,
         symmetric,
         narrow,
+        layout,
     )
     return result
 
@@ -201,8 +212,9 @@ def _fake_kronecker_quantize(
     bits: int,
     symmetric: bool,
     narrow: bool,
+    layout: int,
 ) -> Quantized:
-    return _empty_codes(x, bits, symmetric)
+    return _empty_codes(x, bits, symmetric, layout)
 
 
 def fake_quantize(x: Tensor, clip: Tensor, *, bits: int = 4, symmetric: bool = True) -> Tensor:
@@ -286,6 +298,50 @@ def _fake_hadamard(x: Tensor, base: Tensor | None, scale: float) -> Tensor:
     return torch.empty_like(x)
 
 
+def _integer_gemm(
+    op: str,
+    a: Tensor,
+    a_scale: Tensor,
+    a_zero: Tensor | None,
+    w: Tensor,
+    w_scale: Tensor,
+    w_colsum: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    if not library.is_native(op, a):
+        return reference.integer_gemm(
+            op, a, a_scale, a_zero, w, w_scale, w_colsum, bias, residual, out_dtype
+        )
+    result: Tensor = getattr(torch.ops.flatquant_cuda, op)(
+        a.contiguous(),
+        a_scale.contiguous(),
+        _dense(a_zero),
+        w.contiguous(),
+        w_scale.contiguous(),
+        _dense(w_colsum),
+        _dense(bias),
+        _dense(residual),
+        out_dtype,
+    )
+    return result
+
+
+def _fake_integer_gemm(
+    a: Tensor,
+    a_scale: Tensor,
+    a_zero: Tensor | None,
+    w: Tensor,
+    w_scale: Tensor,
+    w_colsum: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return a.new_empty((*a.shape[:-1], w.shape[0]), dtype=out_dtype)
+
+
 def gemm_w4a4(
     a: Tensor,
     a_scale: Tensor,
@@ -315,32 +371,11 @@ def gemm_w4a4(
         out_dtype: float32, bfloat16 or float16.
 
     Returns:
-        out_dtype ``[..., N]``; the same bits on every backend.
+        out_dtype ``[..., N]``; the same bits on every backend, batch size and split.
     """
-    if not library.is_native("gemm_w4a4", a):
-        return reference.gemm_w4a4(
-            a,
-            a_scale,
-            w,
-            w_scale,
-            a_zero=a_zero,
-            w_colsum=w_colsum,
-            bias=bias,
-            residual=residual,
-            out_dtype=out_dtype,
-        )
-    result: Tensor = torch.ops.flatquant_cuda.gemm_w4a4(
-        a.contiguous(),
-        a_scale.contiguous(),
-        _dense(a_zero),
-        w.contiguous(),
-        w_scale.contiguous(),
-        _dense(w_colsum),
-        _dense(bias),
-        _dense(residual),
-        out_dtype,
+    return _integer_gemm(
+        "gemm_w4a4", a, a_scale, a_zero, w, w_scale, w_colsum, bias, residual, out_dtype
     )
-    return result
 
 
 def gemm_w4a8(
@@ -355,10 +390,11 @@ def gemm_w4a8(
     residual: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Multiply 5- to 8-bit activations by 4-bit weights; otherwise as :func:`gemm_w4a4`.
+    """Multiply activation codes of a byte each by 4-bit weights; otherwise as :func:`gemm_w4a4`.
 
     Args:
-        a: int8 ``[..., K]``, or uint8 if and only if ``a_zero`` is given.
+        a: int8 ``[..., K]``, or uint8 if and only if ``a_zero`` is given; any width in layout
+            BYTES.
         a_scale: float32 ``[...]``.
         w: uint8 ``[N, ceil(K/2)]`` nibbles.
         w_scale: float32 ``[N]``.
@@ -369,62 +405,49 @@ def gemm_w4a8(
         out_dtype: float32, bfloat16 or float16.
 
     Returns:
-        out_dtype ``[..., N]``; the same bits on every backend.
+        out_dtype ``[..., N]``; the same bits on every backend, batch size and split.
     """
-    if not library.is_native("gemm_w4a8", a):
-        return reference.gemm_w4a8(
-            a,
-            a_scale,
-            w,
-            w_scale,
-            a_zero=a_zero,
-            w_colsum=w_colsum,
-            bias=bias,
-            residual=residual,
-            out_dtype=out_dtype,
-        )
-    result: Tensor = torch.ops.flatquant_cuda.gemm_w4a8(
-        a.contiguous(),
-        a_scale.contiguous(),
-        _dense(a_zero),
-        w.contiguous(),
-        w_scale.contiguous(),
-        _dense(w_colsum),
-        _dense(bias),
-        _dense(residual),
-        out_dtype,
+    return _integer_gemm(
+        "gemm_w4a8", a, a_scale, a_zero, w, w_scale, w_colsum, bias, residual, out_dtype
     )
-    return result
 
 
-@_fake
-def _fake_gemm_w4a4(
+def gemm_w8a8(
     a: Tensor,
     a_scale: Tensor,
-    a_zero: Tensor | None,
     w: Tensor,
     w_scale: Tensor,
-    w_colsum: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    out_dtype: torch.dtype,
+    *,
+    a_zero: Tensor | None = None,
+    w_colsum: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    return a.new_empty((*a.shape[:-1], w.shape[0]), dtype=out_dtype)
+    """Multiply activation codes by weight codes, a byte each; otherwise as :func:`gemm_w4a8`.
+
+    Args:
+        a: int8 ``[..., K]``, or uint8 if and only if ``a_zero`` is given; ``K`` at most 2^16.
+        a_scale: float32 ``[...]``.
+        w: int8 ``[N, K]``.
+        w_scale: float32 ``[N]``.
+        a_zero: int32 ``[...]`` of asymmetric activations; needs ``w_colsum``.
+        w_colsum: int32 ``[N]``, the sums of the codes of each row of ``w``.
+        bias: ``[N]``, any float dtype.
+        residual: out_dtype ``[..., N]``.
+        out_dtype: float32, bfloat16 or float16.
+
+    Returns:
+        out_dtype ``[..., N]``; the same bits on every backend, batch size and split.
+    """
+    return _integer_gemm(
+        "gemm_w8a8", a, a_scale, a_zero, w, w_scale, w_colsum, bias, residual, out_dtype
+    )
 
 
-@_fake
-def _fake_gemm_w4a8(
-    a: Tensor,
-    a_scale: Tensor,
-    a_zero: Tensor | None,
-    w: Tensor,
-    w_scale: Tensor,
-    w_colsum: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    return a.new_empty((*a.shape[:-1], w.shape[0]), dtype=out_dtype)
+_register_fake("gemm_w4a4", _fake_integer_gemm)
+_register_fake("gemm_w4a8", _fake_integer_gemm)
+_register_fake("gemm_w8a8", _fake_integer_gemm)
 
 
 def gemm_w4a16(

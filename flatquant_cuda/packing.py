@@ -1,6 +1,7 @@
 """How codes lie in bytes: along the last dimension, even index in the low bits.
 
-This is layout 0, the only one on disk.
+This is layout 0 (``PACKED``), the only one on disk. Layout 1 (``BYTES``) is one byte a code at
+every width, for activations on their way to an 8-bit matrix unit.
 
 ``pack``/``unpack`` are for weights-only weights and the KV cache: 2-bit codes four a byte, 3- and
 4-bit codes two a byte, 5- to 8-bit codes one a byte. ``pack_nibbles``/``unpack_nibbles`` are for
@@ -12,6 +13,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+PACKED = 0
+BYTES = 1
 
 
 def codes_per_byte(bits: int) -> int:
@@ -44,6 +48,22 @@ def pack_nibbles(codes: Tensor) -> Tensor:
 def unpack_nibbles(packed: Tensor, k: int, signed: bool = True) -> Tensor:
     """Undo :func:`pack_nibbles`: int8 codes ``[..., k]``, or uint8 ones if not ``signed``."""
     return _unpack(packed, 2, k, signed)
+
+
+def pack_activation(codes: Tensor, bits: int, layout: int, symmetric: bool) -> Tensor:
+    """Store activation codes ``[..., k]`` as the quantizing ops do."""
+    if layout not in (PACKED, BYTES):
+        raise ValueError(f"packing: layout is {layout}: it must be 0 (PACKED) or 1 (BYTES)")
+    if bits <= 4 and layout == PACKED:
+        return pack_nibbles(codes)
+    return codes.to(torch.int8 if symmetric else torch.uint8)
+
+
+def unpack_activation(stored: Tensor, k: int, bits: int, layout: int, symmetric: bool) -> Tensor:
+    """Undo :func:`pack_activation`: int8 codes ``[..., k]``, or uint8 ones if not symmetric."""
+    if bits <= 4 and layout == PACKED:
+        return unpack_nibbles(stored, k, symmetric)
+    return stored
 
 
 def _pack(codes: Tensor, per_byte: int) -> Tensor:

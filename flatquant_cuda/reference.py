@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from .packing import pack, pack_nibbles, packed_size, unpack, unpack_nibbles
+from .packing import PACKED, pack, pack_activation, packed_size, unpack, unpack_nibbles
 
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
@@ -58,16 +58,19 @@ def codes_of(
 
 
 def _quantize_rows(
-    y: Tensor, clip: Tensor | None, bits: int, symmetric: bool, narrow: bool, op: str
+    y: Tensor,
+    clip: Tensor | None,
+    bits: int,
+    symmetric: bool,
+    narrow: bool,
+    layout: int,
+    op: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_bits(op, bits)
     _check(y.shape[-1] > 0, f"{op}: x has 0 columns: it must have at least one")
     scale, zero = scale_and_zero(y, clip, bits, symmetric)
     codes = codes_of(y, scale, zero, bits, symmetric, narrow).to(torch.int16)
-    if bits <= 4:
-        stored = pack_nibbles(codes)
-    else:
-        stored = codes.to(torch.int8 if symmetric else torch.uint8)
+    stored = pack_activation(codes, bits, layout, symmetric)
     zero = zero.new_empty(0) if symmetric else zero
     return stored, scale, zero.to(torch.int32)
 
@@ -79,9 +82,10 @@ def quantize_activation(
     bits: int = 4,
     symmetric: bool = True,
     narrow: bool = False,
+    layout: int = PACKED,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`flatquant_cuda.ops.quantize_activation`."""
-    return _quantize_rows(x.float(), clip, bits, symmetric, narrow, "quantize_activation")
+    return _quantize_rows(x.float(), clip, bits, symmetric, narrow, layout, "quantize_activation")
 
 
 # ---- transforms ----------------------------------------------------------------------------------
@@ -147,6 +151,7 @@ def kronecker_quantize(
     bits: int = 4,
     symmetric: bool = True,
     narrow: bool = False,
+    layout: int = PACKED,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`flatquant_cuda.ops.kronecker_quantize`."""
     op = "kronecker_quantize"
@@ -154,7 +159,7 @@ def kronecker_quantize(
         g = gate.double()
         x = ((g / (1 + torch.exp(-g))).float() * x.float()).to(x.dtype)
     y = _transformed(x, left, right, channel_scale, op)
-    codes, scale, zero = _quantize_rows(y, clip, bits, symmetric, narrow, op)
+    codes, scale, zero = _quantize_rows(y, clip, bits, symmetric, narrow, layout, op)
     if rms_eps is not None:
         scale = scale * torch.rsqrt(x.double().square().mean(-1) + rms_eps).float()
     return codes, scale, zero
@@ -219,23 +224,45 @@ def hadamard(x: Tensor, base: Tensor | None = None, *, scale: float | None = Non
 # ---- matrix products -----------------------------------------------------------------------------
 
 
-def _scaled_gemm(
+def _codes_of_gemm(op: str, a: Tensor, w: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """The plain codes ``[..., K]`` and ``[N, K]`` of an integer GEMM's operands."""
+    k, columns = a.shape[-1], w.shape[-1]
+    if op == "gemm_w4a4":
+        _check(
+            k == columns,
+            f"{op}: a has {k} packed columns, w has {columns}: they must be equal",
+        )
+        return unpack_nibbles(a, 2 * k, signed=signed), unpack_nibbles(w, 2 * k)
+    if op == "gemm_w4a8":
+        _check(
+            columns == (k + 1) // 2,
+            f"{op}: a has {k} columns, w has {columns} packed columns: w must have half as many, "
+            "rounded up",
+        )
+        return a, unpack_nibbles(w, k)
+    _check(k == columns, f"{op}: a has {k} columns, w has {columns}: they must be equal")
+    return a, w
+
+
+def integer_gemm(
     op: str,
     a: Tensor,
-    w: Tensor,
     a_scale: Tensor,
     a_zero: Tensor | None,
+    w: Tensor,
     w_scale: Tensor,
     w_colsum: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
+    """Answer ``gemm_w4a4``, ``gemm_w4a8`` or ``gemm_w8a8``; see ``flatquant_cuda.ops``."""
     _check(
         (a_zero is None) == (w_colsum is None), f"{op}: a_zero and w_colsum must be given together"
     )
+    left, right = _codes_of_gemm(op, a, w, signed=a_zero is None)
     # Products of codes and their sums are integers far below 2^53: float64 is exact.
-    accumulator = a.double() @ w.double().T
+    accumulator = left.double() @ right.double().T
     if a_zero is not None and w_colsum is not None:
         accumulator = accumulator - a_zero.double()[..., None] * w_colsum.double()
     out = accumulator.float() * (a_scale[..., None] * w_scale)
@@ -258,23 +285,8 @@ def gemm_w4a4(
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """See :func:`flatquant_cuda.ops.gemm_w4a4`."""
-    _check(
-        a.shape[-1] == w.shape[-1],
-        f"gemm_w4a4: a has {a.shape[-1]} packed columns, w has {w.shape[-1]}: they must be equal",
-    )
-    k = 2 * a.shape[-1]
-    codes = unpack_nibbles(a, k, signed=a_zero is None)
-    return _scaled_gemm(
-        "gemm_w4a4",
-        codes,
-        unpack_nibbles(w, k),
-        a_scale,
-        a_zero,
-        w_scale,
-        w_colsum,
-        bias,
-        residual,
-        out_dtype,
+    return integer_gemm(
+        "gemm_w4a4", a, a_scale, a_zero, w, w_scale, w_colsum, bias, residual, out_dtype
     )
 
 
@@ -291,23 +303,26 @@ def gemm_w4a8(
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """See :func:`flatquant_cuda.ops.gemm_w4a8`."""
-    k = a.shape[-1]
-    _check(
-        w.shape[-1] == (k + 1) // 2,
-        f"gemm_w4a8: a has {k} columns, w has {w.shape[-1]} packed columns: w must have half as "
-        "many, rounded up",
+    return integer_gemm(
+        "gemm_w4a8", a, a_scale, a_zero, w, w_scale, w_colsum, bias, residual, out_dtype
     )
-    return _scaled_gemm(
-        "gemm_w4a8",
-        a,
-        unpack_nibbles(w, k),
-        a_scale,
-        a_zero,
-        w_scale,
-        w_colsum,
-        bias,
-        residual,
-        out_dtype,
+
+
+def gemm_w8a8(
+    a: Tensor,
+    a_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    *,
+    a_zero: Tensor | None = None,
+    w_colsum: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """See :func:`flatquant_cuda.ops.gemm_w8a8`."""
+    return integer_gemm(
+        "gemm_w8a8", a, a_scale, a_zero, w, w_scale, w_colsum, bias, residual, out_dtype
     )
 
 

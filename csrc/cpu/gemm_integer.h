@@ -1,4 +1,4 @@
-// What the variants of gemm_w4a4 and gemm_w4a8 share: the cut into tiles and the epilogue. They
+// What the variants of the integer GEMMs share: the cut into tiles and the epilogue. They
 // differ in how they find the integer sum_k a w; it is exact, so all of them agree bit for bit.
 #pragma once
 
@@ -11,6 +11,8 @@ void gemm_w4a4_avx2(const GemmInteger& args, int64_t begin, int64_t end);
 void gemm_w4a4_avx512(const GemmInteger& args, int64_t begin, int64_t end);
 void gemm_w4a8_avx2(const GemmInteger& args, int64_t begin, int64_t end);
 void gemm_w4a8_avx512(const GemmInteger& args, int64_t begin, int64_t end);
+void gemm_w8a8_avx2(const GemmInteger& args, int64_t begin, int64_t end);
+void gemm_w8a8_avx512(const GemmInteger& args, int64_t begin, int64_t end);
 
 namespace {
 

@@ -1,4 +1,4 @@
-// gemm_w4a4 and gemm_w4a8 for AVX2: vpmaddubsw adds pairs of unsigned x signed products in int16.
+// The integer GEMMs for AVX2: vpmaddubsw adds pairs of unsigned x signed products in int16.
 // Four of them together are at most 4 * 15 * 128, so nothing saturates. See gemm_integer_simd.h.
 #include <immintrin.h>
 
@@ -29,6 +29,15 @@ struct Avx2 {
         _mm256_add_epi16(_mm256_maddubs_epi16(low, even), _mm256_maddubs_epi16(high, odd));
     return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
+  // Pairs of such products could leave int16 (255 * 128 * 2): these are widened first instead.
+  static constexpr uint32_t kByteOffset = 0;
+  static Sums add_products(Sums sums, Bytes w, Bytes a) {
+    const __m256i low = _mm256_madd_epi16(_mm256_cvtepi8_epi16(_mm256_castsi256_si128(w)),
+                                          _mm256_cvtepi8_epi16(_mm256_castsi256_si128(a)));
+    const __m256i high = _mm256_madd_epi16(_mm256_cvtepi8_epi16(_mm256_extracti128_si256(w, 1)),
+                                           _mm256_cvtepi8_epi16(_mm256_extracti128_si256(a, 1)));
+    return _mm256_add_epi32(sums, _mm256_add_epi32(low, high));
+  }
   static void store_totals(int32_t* out, Sums a, Sums b, Sums c, Sums d) {
     const __m256i abcd = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
     const __m128i total =
@@ -40,11 +49,15 @@ struct Avx2 {
 }  // namespace
 
 void gemm_w4a4_avx2(const GemmInteger& args, int64_t begin, int64_t end) {
-  gemm_simd<Avx2, true>(args, begin, end);
+  gemm_simd<Avx2, 4, 4>(args, begin, end);
 }
 
 void gemm_w4a8_avx2(const GemmInteger& args, int64_t begin, int64_t end) {
-  gemm_simd<Avx2, false>(args, begin, end);
+  gemm_simd<Avx2, 8, 4>(args, begin, end);
+}
+
+void gemm_w8a8_avx2(const GemmInteger& args, int64_t begin, int64_t end) {
+  gemm_simd<Avx2, 8, 8>(args, begin, end);
 }
 
 }  // namespace fq::cpu

@@ -1,4 +1,4 @@
-// gemm_w4a4 and gemm_w4a8 for AVX-512 with VNNI: vpdpbusd multiplies 64 pairs of bytes and adds
+// The integer GEMMs for AVX-512 with VNNI: vpdpbusd multiplies 64 pairs of bytes and adds
 // them to 16 int32 sums, without saturation. The algorithm is in gemm_integer_simd.h. GCC 12 takes
 // its own _mm512_undefined_* for an uninitialized variable (its bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -27,6 +27,10 @@ struct Vnni {
   static Sums add_products(Sums sums, Bytes low, Bytes even, Bytes high, Bytes odd) {
     return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sums, low, even), high, odd);
   }
+  static constexpr uint32_t kByteOffset = 128;
+  static Sums add_products(Sums sums, Bytes w, Bytes a) {
+    return _mm512_dpbusd_epi32(sums, _mm512_xor_si512(w, _mm512_set1_epi8(-128)), a);
+  }
   // Four sums of 16 numbers each, by two rounds of transpose and add.
   static void store_totals(int32_t* out, Sums a, Sums b, Sums c, Sums d) {
     const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
@@ -44,11 +48,15 @@ struct Vnni {
 }  // namespace
 
 void gemm_w4a4_avx512(const GemmInteger& args, int64_t begin, int64_t end) {
-  gemm_simd<Vnni, true>(args, begin, end);
+  gemm_simd<Vnni, 4, 4>(args, begin, end);
 }
 
 void gemm_w4a8_avx512(const GemmInteger& args, int64_t begin, int64_t end) {
-  gemm_simd<Vnni, false>(args, begin, end);
+  gemm_simd<Vnni, 8, 4>(args, begin, end);
+}
+
+void gemm_w8a8_avx512(const GemmInteger& args, int64_t begin, int64_t end) {
+  gemm_simd<Vnni, 8, 8>(args, begin, end);
 }
 
 }  // namespace fq::cpu

@@ -1,4 +1,4 @@
-// gemm_w4a4 and gemm_w4a8 on vectors: the body that gemm_integer_avx2.cpp and
+// The integer GEMMs on vectors: the body that gemm_integer_avx2.cpp and
 // gemm_integer_avx512.cpp compile, each with its own `Vector` (a set of bytes and the few
 // instructions used on them).
 //
@@ -14,7 +14,9 @@
 //
 //   sum a w = sum (a - 128)(w + 8) - 8 sum (a - 128) + 128 sum w          (without 128 if signed)
 //
-// and both corrections go into the epilogue, in int32 modulo 2^32. Bound: arithmetic, for one row
+// and both corrections go into the epilogue, in int32 modulo 2^32. Weights of 8 bits are not split:
+// a chunk is one vector of codes in their order, and `Vector` says what it adds to a weight (128 or
+// nothing) in place of the 8. Bound: arithmetic, for one row
 // by the unpacking of the weights (3 instructions per 2 products), from 4 rows on by the products.
 #pragma once
 
@@ -26,16 +28,17 @@ namespace {
 
 constexpr int kBlockColumns = 4;
 
-template <class Vector>
+template <class Vector, int kWeightBits>
 struct Prepared {
-  static constexpr int64_t kChunk = 2 * Vector::kBytes;  // bytes: one even and one odd vector
-  int64_t chunks, tail;                                  // tail: weight bytes in the last chunk
-  int64_t stride;                                        // bytes of a row
-  int8_t* rows;                                          // [block_rows, chunks, 2, kBytes]
-  int32_t* sums;                                         // [block_rows] = sum of a row
+  static constexpr int64_t kPlanes = 8 / kWeightBits;
+  static constexpr int64_t kChunk = kPlanes * Vector::kBytes;  // bytes: an even and an odd vector
+  int64_t chunks, tail;  // tail: weight bytes in the last chunk
+  int64_t stride;        // bytes of a row
+  int8_t* rows;          // [block_rows, chunks, kPlanes, kBytes]
+  int32_t* sums;         // [block_rows] = sum of a row
 
   Prepared(int64_t k, int64_t block_rows) {
-    const int64_t bytes = nibble_bytes(k);
+    const int64_t bytes = activation_bytes(k, kWeightBits);
     chunks = ceil_div(bytes, Vector::kBytes);
     tail = bytes - (chunks - 1) * Vector::kBytes;
     stride = chunks * kChunk;
@@ -69,10 +72,18 @@ inline void split_bytes(const uint8_t* a, int64_t codes, int flip, int8_t* chunk
   if (codes % 2) chunk[pairs] = static_cast<int8_t>(a[codes - 1] ^ flip);
 }
 
-template <class Vector, bool kNibbles>
-void prepare(const GemmInteger& args, const Tile& tile, const Prepared<Vector>& prepared) {
-  const int64_t row_bytes = activation_bytes(args.k, kNibbles ? 4 : 8);
-  const int64_t chunk_bytes = kNibbles ? Vector::kBytes : 2 * Vector::kBytes;
+// The same without the planes.
+template <class Vector>
+inline void copy_bytes(const uint8_t* a, int64_t codes, int flip, int8_t* chunk) {
+  for (int64_t b = 0; b < codes; ++b) chunk[b] = static_cast<int8_t>(a[b] ^ flip);
+  for (int64_t b = codes; b < Vector::kBytes; ++b) chunk[b] = 0;
+}
+
+template <class Vector, int kActivationBits, int kWeightBits>
+void prepare(const GemmInteger& args, const Tile& tile,
+             const Prepared<Vector, kWeightBits>& prepared) {
+  const int64_t row_bytes = activation_bytes(args.k, kActivationBits);
+  const int64_t chunk_bytes = prepared.kChunk * kActivationBits / 8;
   const bool is_signed = args.a_zero == nullptr;
   for (int64_t r = 0; r < tile.rows; ++r) {
     const uint8_t* const a = args.a + (tile.row + r) * row_bytes;
@@ -81,10 +92,12 @@ void prepare(const GemmInteger& args, const Tile& tile, const Prepared<Vector>& 
       const int64_t left = row_bytes - c * chunk_bytes;
       const int64_t bytes = left < chunk_bytes ? left : chunk_bytes;
       int8_t* const chunk = out + c * prepared.kChunk;
-      if (kNibbles)
+      if (kActivationBits == 4)
         split_nibbles<Vector>(a + c * chunk_bytes, bytes, is_signed ? 8 : 0, chunk);
-      else
+      else if (kWeightBits == 4)
         split_bytes<Vector>(a + c * chunk_bytes, bytes, is_signed ? 0 : 128, chunk);
+      else
+        copy_bytes<Vector>(a + c * chunk_bytes, bytes, is_signed ? 0 : 128, chunk);
     }
     int32_t sum = 0;
     for (int64_t i = 0; i < prepared.stride; ++i) sum += out[i];
@@ -93,8 +106,8 @@ void prepare(const GemmInteger& args, const Tile& tile, const Prepared<Vector>& 
 }
 
 // dots[r * kTileColumns + c] = sum over k of rows[r] and columns[c] + 8, for kRows x 4 of them.
-template <class Vector, int kRows>
-inline void block(const Prepared<Vector>& prepared, const int8_t* rows,
+template <class Vector, int kWeightBits, int kRows>
+inline void block(const Prepared<Vector, kWeightBits>& prepared, const int8_t* rows,
                   const uint8_t* const (&columns)[kBlockColumns], int32_t* dots) {
   typename Vector::Sums sums[kRows][kBlockColumns];
   for (int r = 0; r < kRows; ++r)
@@ -103,14 +116,20 @@ inline void block(const Prepared<Vector>& prepared, const int8_t* rows,
   const auto add_chunk = [&](int64_t chunk, auto load_weights) __attribute__((always_inline)) {
     typename Vector::Bytes even[kRows], odd[kRows];
     for (int r = 0; r < kRows; ++r) {
-      even[r] = Vector::load(rows + r * prepared.stride + chunk * prepared.kChunk);
-      odd[r] = Vector::load(rows + r * prepared.stride + chunk * prepared.kChunk + Vector::kBytes);
+      const int8_t* const row = rows + r * prepared.stride + chunk * prepared.kChunk;
+      even[r] = Vector::load(row);
+      if (kWeightBits == 4) odd[r] = Vector::load(row + Vector::kBytes);
     }
     for (int c = 0; c < kBlockColumns; ++c) {
       const typename Vector::Bytes bytes = load_weights(columns[c] + chunk * Vector::kBytes);
-      const typename Vector::Bytes low = Vector::low(bytes), high = Vector::high(bytes);
-      for (int r = 0; r < kRows; ++r)
-        sums[r][c] = Vector::add_products(sums[r][c], low, even[r], high, odd[r]);
+      if (kWeightBits == 8) {
+        for (int r = 0; r < kRows; ++r)
+          sums[r][c] = Vector::add_products(sums[r][c], bytes, even[r]);
+      } else {
+        const typename Vector::Bytes low = Vector::low(bytes), high = Vector::high(bytes);
+        for (int r = 0; r < kRows; ++r)
+          sums[r][c] = Vector::add_products(sums[r][c], low, even[r], high, odd[r]);
+      }
     }
   };
   for (int64_t chunk = 0; chunk + 1 < prepared.chunks; ++chunk)
@@ -123,30 +142,33 @@ inline void block(const Prepared<Vector>& prepared, const int8_t* rows,
     Vector::store_totals(dots + r * kTileColumns, sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
 }
 
-template <class Vector, int kRows>
-inline void row_group(const Prepared<Vector>& prepared, const GemmInteger& args, const Tile& tile,
-                      int64_t first, int32_t* dots) {
-  const int64_t w_bytes = nibble_bytes(args.k);
+template <class Vector, int kWeightBits, int kRows>
+inline void row_group(const Prepared<Vector, kWeightBits>& prepared, const GemmInteger& args,
+                      const Tile& tile, int64_t first, int32_t* dots) {
+  const int64_t w_bytes = activation_bytes(args.k, kWeightBits);
   for (int c0 = 0; c0 < tile.columns; c0 += kBlockColumns) {
     const uint8_t* columns[kBlockColumns];
     for (int c = 0; c < kBlockColumns; ++c) {  // past the last column: that one again, unused
       const int64_t column = c0 + c < tile.columns ? c0 + c : tile.columns - 1;
       columns[c] = args.w + (tile.column + column) * w_bytes;
     }
-    block<Vector, kRows>(prepared, prepared.rows + first * prepared.stride, columns, dots + c0);
+    block<Vector, kWeightBits, kRows>(prepared, prepared.rows + first * prepared.stride, columns,
+                                      dots + c0);
   }
 }
 
-template <class Vector, bool kNibbles>
+template <class Vector, int kActivationBits, int kWeightBits>
 void gemm_simd(const GemmInteger& args, int64_t begin, int64_t end) {
   const Tiling tiles = tiling(args);
-  const Prepared<Vector> prepared(args.k, tiles.block_rows);
-  const uint32_t offset = kNibbles || args.a_zero == nullptr ? 0u : 128u;
+  const Prepared<Vector, kWeightBits> prepared(args.k, tiles.block_rows);
+  const uint32_t offset = kActivationBits == 4 || args.a_zero == nullptr ? 0u : 128u;
+  const uint32_t w_offset = kWeightBits == 4 ? 8u : Vector::kByteOffset;
 
   int64_t prepared_row = -1;
   for (int64_t t = begin; t < end; ++t) {
     const Tile tile = tiles.at(t);
-    if (tile.row != prepared_row) prepare<Vector, kNibbles>(args, tile, prepared);
+    if (tile.row != prepared_row)
+      prepare<Vector, kActivationBits, kWeightBits>(args, tile, prepared);
     prepared_row = tile.row;
 
     const TileColumns columns(args, tile);
@@ -156,17 +178,17 @@ void gemm_simd(const GemmInteger& args, int64_t begin, int64_t end) {
       int64_t rows = 1;
       if (left >= Vector::kRows) {
         rows = Vector::kRows;
-        row_group<Vector, Vector::kRows>(prepared, args, tile, first, dots);
+        row_group<Vector, kWeightBits, Vector::kRows>(prepared, args, tile, first, dots);
       } else if (left >= 2) {
         rows = 2;
-        row_group<Vector, 2>(prepared, args, tile, first, dots);
+        row_group<Vector, kWeightBits, 2>(prepared, args, tile, first, dots);
       } else {
-        row_group<Vector, 1>(prepared, args, tile, first, dots);
+        row_group<Vector, kWeightBits, 1>(prepared, args, tile, first, dots);
       }
       for (int64_t r = first; r < first + rows; ++r) {
         const int64_t row = tile.row + r;
         const uint32_t zero = args.a_zero ? static_cast<uint32_t>(args.a_zero[row]) : 0u;
-        const uint32_t row_term = 0u - 8u * static_cast<uint32_t>(prepared.sums[r]);
+        const uint32_t row_term = 0u - w_offset * static_cast<uint32_t>(prepared.sums[r]);
         finish(args, tile, columns, row, dots + (r - first) * kTileColumns, row_term,
                offset - zero);
       }

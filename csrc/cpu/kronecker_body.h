@@ -117,7 +117,7 @@ inline void kronecker_quantize_rows(const KroneckerQuantize& args, int64_t begin
                                     float* work) {
   const Workspace w(args.transform, args.dtype, work);
   uint8_t* const bytes = reinterpret_cast<uint8_t*>(w.s);  // free once the row is transformed
-  const int64_t k = args.k, size = activation_bytes(k, args.grid.bits);
+  const int64_t k = args.k, size = row_bytes(args.grid, k);
   for (int64_t i = begin; i < end; ++i) {
     widen_row(args.x, args.dtype, i * k, k, w.row);
     if (args.gate) {

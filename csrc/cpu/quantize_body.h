@@ -4,7 +4,7 @@
 inline void quantize_rows(const QuantizeActivation& args, int64_t begin, int64_t end, void* work) {
   float* const row = static_cast<float*>(work);
   uint8_t* const bytes = reinterpret_cast<uint8_t*>(row + args.k);
-  const int64_t size = activation_bytes(args.k, args.grid.bits);
+  const int64_t size = row_bytes(args.grid, args.k);
   for (int64_t i = begin; i < end; ++i) {
     const float* y = static_cast<const float*>(args.x) + i * args.k;
     if (args.dtype != Dtype::kFloat32) {

@@ -69,7 +69,7 @@ inline Range range_of(const float* y, int64_t k) {
   return {float_of(static_cast<uint32_t>(above)), -float_of(static_cast<uint32_t>(below))};
 }
 
-// Codes of one row, packed if the grid has at most 4 bits. bytes: room for k + 1 codes.
+// Codes of one row, in the grid's layout. bytes: room for k + 1 codes.
 inline ScaleZero quantize_row(const float* y, int64_t k, const float* clip, const Grid& grid,
                               uint8_t* codes, uint8_t* bytes) {
   const Range range = range_of(y, k);
@@ -80,7 +80,8 @@ inline ScaleZero quantize_row(const float* y, int64_t k, const float* clip, cons
   else
     row = asymmetric_scale(range.max, range.min, clip_max, clip_min, grid.bits);
 
-  const int64_t size = activation_bytes(k, grid.bits);
+  const int64_t size = row_bytes(grid, k);
+  const bool nibbles = grid.bits <= 4 && grid.layout == Layout::kPacked;
   if (!is_finite(row.scale)) {
     for (int64_t j = 0; j < size; ++j) codes[j] = 0;
     return row;
@@ -88,10 +89,10 @@ inline ScaleZero quantize_row(const float* y, int64_t k, const float* clip, cons
   const int32_t lowest = grid.symmetric ? qmin(grid.bits, grid.narrow) : -row.zero;
   const int32_t highest = grid.symmetric ? qmax(grid.bits) : levels(grid.bits) - row.zero;
   const float lo = static_cast<float>(lowest), hi = static_cast<float>(highest);
-  uint8_t* const out = grid.bits <= 4 ? bytes : codes;
+  uint8_t* const out = nibbles ? bytes : codes;
   for (int64_t j = 0; j < k; ++j)
     out[j] = static_cast<uint8_t>(code(y[j], row.scale, lo, hi, row.zero));
-  if (grid.bits <= 4) {
+  if (nibbles) {
     bytes[k] = 0;  // the partner of the last code, if k is odd
     for (int64_t j = 0; j < size; ++j) {
       uint16_t pair;  // little endian: the even code is the low byte

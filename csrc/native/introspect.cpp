@@ -1,29 +1,22 @@
-// flatquant_cuda._native: the contract's scalars, for tests that compare them with the PyTorch
-// reference over whole arrays. No torch. The package works without it.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-
-#include <tuple>
+// flatquant_cuda._native: what tests ask of the native code that has no op: the
+// contract's scalars, to be compared with the PyTorch reference over whole
+// arrays, the table of GPUs and the planners of the CUDA kernels. No torch, no
+// CUDA toolkit. The package works without it.
+#include "introspect.h"
 
 #include "../ops.h"
 
-namespace py = pybind11;
-using namespace fq;
-
+namespace fq::native {
 namespace {
 
-Dtype dtype_of(int index) { return static_cast<Dtype>(index); }
+Dtype dtype_at(int index) { return static_cast<Dtype>(index); }
 
-}  // namespace
-
-PYBIND11_MODULE(_native, m) {
-  m.doc() = "The numeric contract's scalars (csrc/contract.h), over NumPy arrays.";
-
+void add_contract(py::module_& m) {
   m.def("bf16_to_float", py::vectorize([](uint16_t h) { return bf16_to_float(h); }));
   m.def("fp16_to_float", py::vectorize([](uint16_t h) { return fp16_to_float(h); }));
   m.def("float_to_bf16", py::vectorize([](float x) { return float_to_bf16(x); }));
   m.def("float_to_fp16", py::vectorize([](float x) { return float_to_fp16(x); }));
-  m.def("round_to", py::vectorize([](int dtype, float x) { return round_to(dtype_of(dtype), x); }));
+  m.def("round_to", py::vectorize([](int dtype, float x) { return round_to(dtype_at(dtype), x); }));
 
   m.def("symmetric_scale",
         py::vectorize([](float max_x, float min_x, float clip_max, float clip_min, int bits) {
@@ -65,4 +58,36 @@ PYBIND11_MODULE(_native, m) {
   m.def("silu", py::vectorize([](float g) { return silu(g); }));
   m.def("rms_reciprocal",
         py::vectorize([](float sum, int64_t k, float eps) { return rms_reciprocal(sum, k, eps); }));
+}
+
+py::list gpus() {
+  py::list out;
+  for (const cuda::Gpu& gpu : cuda::kGpus) {
+    py::dict entry;
+    entry["name"] = gpu.name;
+    entry["arch"] = gpu.arch;
+    entry["sms"] = gpu.sms;
+    entry["shared_per_block"] = gpu.shared_per_block;
+    entry["shared_per_sm"] = gpu.shared_per_sm;
+    entry["registers_per_sm"] = gpu.registers_per_sm;
+    entry["l2_bytes"] = gpu.l2_bytes;
+    entry["bandwidth_gb"] = gpu.bandwidth_gb;
+    out.append(entry);
+  }
+  return out;
+}
+
+}  // namespace
+}  // namespace fq::native
+
+PYBIND11_MODULE(_native, m) {
+  using namespace fq::native;
+  m.doc() =
+      "The contract's scalars over NumPy arrays, the table of GPUs, the "
+      "planners.";
+  add_contract(m);
+  m.def("gpus", &gpus, "The GPUs that the planners are tested for, as dicts.");
+  add_gemm(m);
+  add_transform(m);
+  add_hadamard(m);
 }

@@ -41,18 +41,20 @@ const float* clip_of(const Checks& check, const MaybeTensor& clip) {
   return static_cast<const float*>(check.input("clip", *clip, ScalarType::Float, {2}));
 }
 
-Grid grid_of(const Checks& check, int64_t bits, bool symmetric, bool narrow) {
+Grid grid_of(const Checks& check, int64_t bits, bool symmetric, bool narrow, int64_t layout) {
   check.require(symmetric || !narrow, "narrow is set: it needs symmetric");
-  return {check.bits("bits", bits), symmetric, narrow};
+  check.require(layout == 0 || layout == 1, "layout is ", layout,
+                ": it must be 0 (packed) or 1 (one byte a code)");
+  return {check.bits("bits", bits), symmetric, narrow, static_cast<Layout>(layout)};
 }
 
 // Allocates codes, scale and zero and points args at them.
 template <class Args>
 Quantized outputs_for(Args& args, const Tensor& x, const Rows& rows) {
-  const int32_t bits = args.grid.bits;
   const bool symmetric = args.grid.symmetric;
-  const ScalarType type = bits > 4 && symmetric ? ScalarType::Char : ScalarType::Byte;
-  Tensor codes = empty(x, with(rows.lead, activation_bytes(rows.k, bits)), type);
+  const bool nibbles = args.grid.bits <= 4 && args.grid.layout == Layout::kPacked;
+  const ScalarType type = symmetric && !nibbles ? ScalarType::Char : ScalarType::Byte;
+  Tensor codes = empty(x, with(rows.lead, row_bytes(args.grid, rows.k)), type);
   Tensor scale = empty(x, rows.lead, ScalarType::Float);
   Tensor zero = empty(x, symmetric ? std::vector<int64_t>{0} : rows.lead, ScalarType::Int);
   args.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
@@ -109,6 +111,12 @@ Bias bias_of(const Checks& check, const MaybeTensor& bias, int64_t n, std::vecto
   check.shape("bias", *bias, {n});
   kept.push_back(check.any_floating("bias", *bias, ScalarType::Float));
   return {kept.back().const_data_ptr(), check.floating("bias", kept.back())};
+}
+
+void byte_codes(const Checks& check, const Tensor& a, bool has_zero) {
+  const ScalarType wanted = has_zero ? ScalarType::Byte : ScalarType::Char;
+  check.require(a.scalar_type() == wanted, "a has dtype ", name_of(a.scalar_type()), ", a_zero is ",
+                has_zero ? "given" : "missing", ": a must be ", name_of(wanted));
 }
 
 // What the integer GEMMs share: everything but the shape of a and w.
@@ -181,14 +189,14 @@ int64_t length_of(const Checks& check, int64_t length, int64_t capacity) {
 
 Prepared<QuantizeActivation, Quantized> quantize_activation(Tensor x, MaybeTensor clip,
                                                             int64_t bits, bool symmetric,
-                                                            bool narrow) {
+                                                            bool narrow, int64_t layout) {
   const Checks check("quantize_activation", "x", x);
   const Rows rows = rows_of(check, "x", x);
   Prepared<QuantizeActivation, Quantized> p{};
   p.args.x = x.const_data_ptr();
   p.args.dtype = check.floating("x", x);
   p.args.clip = clip_of(check, clip);
-  p.args.grid = grid_of(check, bits, symmetric, narrow);
+  p.args.grid = grid_of(check, bits, symmetric, narrow, layout);
   p.args.rows = p.units = rows.count;
   p.args.k = rows.k;
   p.out = outputs_for(p.args, x, rows);
@@ -213,12 +221,10 @@ Prepared<Kronecker, Tensor> kronecker(Tensor x, MaybeTensor left, MaybeTensor ri
   return p;
 }
 
-Prepared<KroneckerQuantize, Quantized> kronecker_quantize(Tensor x, MaybeTensor gate,
-                                                          MaybeTensor channel_scale,
-                                                          std::optional<double> rms_eps,
-                                                          MaybeTensor left, MaybeTensor right,
-                                                          MaybeTensor clip, int64_t bits,
-                                                          bool symmetric, bool narrow) {
+Prepared<KroneckerQuantize, Quantized> kronecker_quantize(
+    Tensor x, MaybeTensor gate, MaybeTensor channel_scale, std::optional<double> rms_eps,
+    MaybeTensor left, MaybeTensor right, MaybeTensor clip, int64_t bits, bool symmetric,
+    bool narrow, int64_t layout) {
   const Checks check("kronecker_quantize", "x", x);
   const Rows rows = rows_of(check, "x", x);
   Prepared<KroneckerQuantize, Quantized> p{};
@@ -230,7 +236,7 @@ Prepared<KroneckerQuantize, Quantized> kronecker_quantize(Tensor x, MaybeTensor 
   p.args.rms = rms_eps.has_value();
   p.args.rms_eps = static_cast<float>(rms_eps.value_or(0));
   p.args.clip = clip_of(check, clip);
-  p.args.grid = grid_of(check, bits, symmetric, narrow);
+  p.args.grid = grid_of(check, bits, symmetric, narrow, layout);
   p.args.transform = transform_of(check, x, rows.k, left, right, channel_scale, p.kept);
   p.args.rows = p.units = rows.count;
   p.args.k = rows.k;
@@ -278,12 +284,23 @@ Prepared<GemmInteger, Tensor> gemm_w4a8(Tensor a, Tensor a_scale, MaybeTensor a_
                                         MaybeTensor residual, ScalarType out_dtype) {
   const Checks check("gemm_w4a8", "a", a);
   const Rows rows = rows_of(check, "a", a);
-  const ScalarType wanted = a_zero ? ScalarType::Byte : ScalarType::Char;
-  check.require(a.scalar_type() == wanted, "a has dtype ", name_of(a.scalar_type()), ", a_zero is ",
-                a_zero ? "given" : "missing", ": a must be ", name_of(wanted));
+  byte_codes(check, a, a_zero.has_value());
   check.input("w", w, ScalarType::Byte, {kAny, kAny});
   check.require(w.size(1) == nibble_bytes(rows.k), "a has ", rows.k, " columns, w has ", w.size(1),
                 " packed columns: w must have half as many, rounded up");
+  return integer_gemm(check, a, rows, rows.k, a_scale, a_zero, w, w_scale, w_colsum, bias, residual,
+                      out_dtype);
+}
+
+Prepared<GemmInteger, Tensor> gemm_w8a8(Tensor a, Tensor a_scale, MaybeTensor a_zero, Tensor w,
+                                        Tensor w_scale, MaybeTensor w_colsum, MaybeTensor bias,
+                                        MaybeTensor residual, ScalarType out_dtype) {
+  const Checks check("gemm_w8a8", "a", a);
+  const Rows rows = rows_of(check, "a", a);
+  byte_codes(check, a, a_zero.has_value());
+  check.input("w", w, ScalarType::Char, {kAny, rows.k});
+  check.require(rows.k <= kMaxGemmK / 16, "a has ", rows.k,
+                " columns: int32 sums of 8-bit products allow at most ", kMaxGemmK / 16);
   return integer_gemm(check, a, rows, rows.k, a_scale, a_zero, w, w_scale, w_colsum, bias, residual,
                       out_dtype);
 }

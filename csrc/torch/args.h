@@ -32,20 +32,21 @@ struct Prepared {
 
 Prepared<QuantizeActivation, Quantized> quantize_activation(Tensor x, MaybeTensor clip,
                                                             int64_t bits, bool symmetric,
-                                                            bool narrow);
+                                                            bool narrow, int64_t layout);
 Prepared<Kronecker, Tensor> kronecker(Tensor x, MaybeTensor left, MaybeTensor right,
                                       MaybeTensor channel_scale, ScalarType out_dtype);
-Prepared<KroneckerQuantize, Quantized> kronecker_quantize(Tensor x, MaybeTensor gate,
-                                                          MaybeTensor channel_scale,
-                                                          std::optional<double> rms_eps,
-                                                          MaybeTensor left, MaybeTensor right,
-                                                          MaybeTensor clip, int64_t bits,
-                                                          bool symmetric, bool narrow);
+Prepared<KroneckerQuantize, Quantized> kronecker_quantize(
+    Tensor x, MaybeTensor gate, MaybeTensor channel_scale, std::optional<double> rms_eps,
+    MaybeTensor left, MaybeTensor right, MaybeTensor clip, int64_t bits, bool symmetric,
+    bool narrow, int64_t layout);
 Prepared<Hadamard, Tensor> hadamard(Tensor x, MaybeTensor base, double scale);
 Prepared<GemmInteger, Tensor> gemm_w4a4(Tensor a, Tensor a_scale, MaybeTensor a_zero, Tensor w,
                                         Tensor w_scale, MaybeTensor w_colsum, MaybeTensor bias,
                                         MaybeTensor residual, ScalarType out_dtype);
 Prepared<GemmInteger, Tensor> gemm_w4a8(Tensor a, Tensor a_scale, MaybeTensor a_zero, Tensor w,
+                                        Tensor w_scale, MaybeTensor w_colsum, MaybeTensor bias,
+                                        MaybeTensor residual, ScalarType out_dtype);
+Prepared<GemmInteger, Tensor> gemm_w8a8(Tensor a, Tensor a_scale, MaybeTensor a_zero, Tensor w,
                                         Tensor w_scale, MaybeTensor w_colsum, MaybeTensor bias,
                                         MaybeTensor residual, ScalarType out_dtype);
 Prepared<GemmW4A16, Tensor> gemm_w4a16(Tensor x, Tensor w, Tensor w_scale, MaybeTensor bias,

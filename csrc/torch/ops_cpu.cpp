@@ -54,6 +54,7 @@ STABLE_TORCH_LIBRARY_IMPL(flatquant_cuda, CPU, m) {
   FQ_CPU_OP(fake_quantize_backward);
   FQ_CPU_OP(gemm_w4a4);
   FQ_CPU_OP(gemm_w4a8);
+  FQ_CPU_OP(gemm_w8a8);
   FQ_CPU_OP(gemm_w4a16);
   FQ_CPU_OP(kv_quantize_append);
   FQ_CPU_OP(kv_dequantize);

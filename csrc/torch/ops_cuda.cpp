@@ -3,6 +3,7 @@
 // libtorch_cuda to load.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <stdexcept>
 #include <string>
@@ -23,11 +24,18 @@ void* current_stream(int32_t device) {
   return stream;
 }
 
-template <auto kPrepare, auto kLaunch, class Signature = decltype(kPrepare)>
+template <class Args>
+int64_t no_workspace(const Args&) {
+  return 0;
+}
+
+// kBytes: how much scratch memory the op needs. It comes from torch's caching allocator, which
+// hands it on only to work that is queued behind this op.
+template <auto kPrepare, auto kLaunch, auto kBytes, class Signature = decltype(kPrepare)>
 struct Run;
 
-template <auto kPrepare, auto kLaunch, class Args, class Out, class... Inputs>
-struct Run<kPrepare, kLaunch, Prepared<Args, Out> (*)(Tensor, Inputs...)> {
+template <auto kPrepare, auto kLaunch, auto kBytes, class Args, class Out, class... Inputs>
+struct Run<kPrepare, kLaunch, kBytes, Prepared<Args, Out> (*)(Tensor, Inputs...)> {
   using Result = std::conditional_t<std::is_same_v<Out, Nothing>, void, Out>;
 
   static Result call(Tensor first, Inputs... rest) {
@@ -35,7 +43,11 @@ struct Run<kPrepare, kLaunch, Prepared<Args, Out> (*)(Tensor, Inputs...)> {
     const torch::stable::accelerator::DeviceGuard guard(device);
     Prepared<Args, Out> prepared = kPrepare(first, rest...);
     if (prepared.units > 0) {
-      const int error = kLaunch(prepared.args, current_stream(device));
+      const int64_t bytes = kBytes(prepared.args);
+      std::optional<Tensor> workspace;
+      if (bytes > 0) workspace = torch::stable::new_empty(first, {bytes}, ScalarType::Byte);
+      const int error = kLaunch(prepared.args, workspace ? workspace->mutable_data_ptr() : nullptr,
+                                current_stream(device));
       if (error != 0)
         throw std::runtime_error(std::string("flatquant_cuda: CUDA error: ") +
                                  cuda::error_string(error));
@@ -47,7 +59,16 @@ struct Run<kPrepare, kLaunch, Prepared<Args, Out> (*)(Tensor, Inputs...)> {
 }  // namespace
 }  // namespace fq::binding
 
-#define FQ_CUDA_OP(op) \
-  m.impl(#op, TORCH_BOX((&fq::binding::Run<fq::binding::op, fq::cuda::op>::call)))
+#define FQ_CUDA_OP_WITH(op, bytes) \
+  m.impl(#op, TORCH_BOX((&fq::binding::Run<fq::binding::op, fq::cuda::op, bytes>::call)))
+#define FQ_CUDA_OP(op, Args) FQ_CUDA_OP_WITH(op, fq::binding::no_workspace<fq::Args>)
 
-STABLE_TORCH_LIBRARY_IMPL(flatquant_cuda, CUDA, m) { FQ_CUDA_OP(quantize_activation); }
+STABLE_TORCH_LIBRARY_IMPL(flatquant_cuda, CUDA, m) {
+  FQ_CUDA_OP(quantize_activation, QuantizeActivation);
+  FQ_CUDA_OP(kronecker, Kronecker);
+  FQ_CUDA_OP(kronecker_quantize, KroneckerQuantize);
+  FQ_CUDA_OP(hadamard, Hadamard);
+  FQ_CUDA_OP_WITH(gemm_w4a4, fq::cuda::gemm_w4a4_workspace);
+  FQ_CUDA_OP(gemm_w4a8, GemmInteger);
+  FQ_CUDA_OP(gemm_w8a8, GemmInteger);
+}

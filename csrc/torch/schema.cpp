@@ -1,23 +1,30 @@
 // The schema of every op, once. No defaults: flatquant_cuda/ops.py states those.
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(flatquant_cuda, m) {
+#ifndef FQ_LIBRARY
+#define FQ_LIBRARY flatquant_cuda
+#endif
+
+STABLE_TORCH_LIBRARY(FQ_LIBRARY, m) {
   m.def(
-      "quantize_activation(Tensor x, Tensor? clip, int bits, bool symmetric, bool narrow)"
-      " -> (Tensor codes, Tensor scale, Tensor zero)");
+      "quantize_activation(Tensor x, Tensor? clip, int bits, bool symmetric, bool narrow,"
+      " int layout) -> (Tensor codes, Tensor scale, Tensor zero)");
   m.def(
       "kronecker(Tensor x, Tensor? left, Tensor? right, Tensor? channel_scale,"
       " ScalarType out_dtype) -> Tensor");
   m.def(
       "kronecker_quantize(Tensor x, Tensor? gate, Tensor? channel_scale, float? rms_eps,"
-      " Tensor? left, Tensor? right, Tensor? clip, int bits, bool symmetric, bool narrow)"
-      " -> (Tensor codes, Tensor scale, Tensor zero)");
+      " Tensor? left, Tensor? right, Tensor? clip, int bits, bool symmetric, bool narrow,"
+      " int layout) -> (Tensor codes, Tensor scale, Tensor zero)");
   m.def("hadamard(Tensor x, Tensor? base, float scale) -> Tensor");
   m.def(
       "gemm_w4a4(Tensor a, Tensor a_scale, Tensor? a_zero, Tensor w, Tensor w_scale,"
       " Tensor? w_colsum, Tensor? bias, Tensor? residual, ScalarType out_dtype) -> Tensor");
   m.def(
       "gemm_w4a8(Tensor a, Tensor a_scale, Tensor? a_zero, Tensor w, Tensor w_scale,"
+      " Tensor? w_colsum, Tensor? bias, Tensor? residual, ScalarType out_dtype) -> Tensor");
+  m.def(
+      "gemm_w8a8(Tensor a, Tensor a_scale, Tensor? a_zero, Tensor w, Tensor w_scale,"
       " Tensor? w_colsum, Tensor? bias, Tensor? residual, ScalarType out_dtype) -> Tensor");
   m.def("gemm_w4a16(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, int bits) -> Tensor");
   m.def(

@@ -78,6 +78,7 @@ def _install_block(
             symmetric=scheme.a_symmetric,
             left=sizes[0],
             right=sizes[1],
+            wide_weights=4 < scheme.w_bits < 16,
         )
         for linear_name in group.linears:
             linear = block.get_submodule(linear_name)

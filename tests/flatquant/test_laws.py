@@ -83,6 +83,7 @@ def test_transforms_leave_logits_unchanged(
 
 
 SCHEMES = ("W4A4KV4", "W4A4KV4-asym", "W4A8KV4", "W3A4K4V2", "W4A6", "W2A8KV8")
+SCHEMES += ("W8A8", "W6A4KV4-asym")
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

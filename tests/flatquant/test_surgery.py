@@ -41,7 +41,10 @@ def test_report_says_native_only_where_it_is() -> None:
     found = flatquant.report(model)
     assert found.ops["gemm_w4a4"] == fq.backend("gemm_w4a4", "cpu")
     assert found.native == all(fq.backend(op, "cpu") == "native" for op in found.ops)
-    simulated = flatquant.replace_linear(build_tiny_model("llama"), "W8A8")
+    for scheme in ("W8A8", "W6A4"):
+        wide = flatquant.report(flatquant.replace_linear(build_tiny_model("llama"), scheme))
+        assert {entry.kernel for entry in wide.linears} == {"gemm_w8a8"}
+    simulated = flatquant.replace_linear(build_tiny_model("llama"), "W8A16")
     assert flatquant.report(simulated).ops["simulated"] == "reference"
     assert not flatquant.report(simulated).native
     assert "simulated: reference" in str(flatquant.report(simulated))

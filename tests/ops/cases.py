@@ -173,10 +173,14 @@ def _gemm(
     symmetric: bool = True,
     bias: torch.dtype | None = None,
     residual: bool = False,
+    layout: int = packing.PACKED,
+    w_bits: int = 4,
 ) -> Arguments:
     x = _values((*rows, k), torch.float32, generator)
-    a, a_scale, a_zero = reference.quantize_activation(x, bits=bits, symmetric=symmetric)
-    w = _codes((n, k), -8, 7, generator)
+    a, a_scale, a_zero = reference.quantize_activation(
+        x, bits=bits, symmetric=symmetric, layout=layout
+    )
+    w = _codes((n, k), -(2 ** (w_bits - 1)), 2 ** (w_bits - 1) - 1, generator)
     w_scale = torch.rand(n, generator=generator) + 0.01
     options: dict[str, Any] = {"out_dtype": dtype}
     if not symmetric:
@@ -185,7 +189,8 @@ def _gemm(
         options["bias"] = torch.randn(n, generator=generator).to(bias)
     if residual:
         options["residual"] = torch.randn((*rows, n), generator=generator).to(dtype)
-    return (a, a_scale, packing.pack_nibbles(w), w_scale), options
+    stored = packing.pack_nibbles(w) if w_bits == 4 else w.to(torch.int8)
+    return (a, a_scale, stored, w_scale), options
 
 
 def _gemm_w4a4(*sizes: Any, bits: int = 4, **options: Any) -> Arguments:
@@ -194,6 +199,10 @@ def _gemm_w4a4(*sizes: Any, bits: int = 4, **options: Any) -> Arguments:
 
 def _gemm_w4a8(*sizes: Any, bits: int = 8, **options: Any) -> Arguments:
     return _gemm(bits, *sizes, **options)
+
+
+def _gemm_w8a8(*sizes: Any, bits: int = 8, **options: Any) -> Arguments:
+    return _gemm(bits, *sizes, w_bits=8, **options)
 
 
 def _gemm_w4a16(
@@ -322,6 +331,7 @@ BUILDERS: dict[str, Callable[..., Arguments]] = {
     "hadamard": _hadamard,
     "gemm_w4a4": _gemm_w4a4,
     "gemm_w4a8": _gemm_w4a8,
+    "gemm_w8a8": _gemm_w8a8,
     "gemm_w4a16": _gemm_w4a16,
     "kv_quantize_append": _kv_append,
     "kv_dequantize": _kv_dequantize,
@@ -383,7 +393,8 @@ def _kronecker_codes(call: Call, got: tuple[Tensor, ...], want: tuple[Tensor, ..
     x, bits = call.args[0], call.kwargs.get("bits", 4)
     assert [t.dtype for t in got] == [t.dtype for t in want]
     assert [t.shape for t in got] == [t.shape for t in want]
-    _codes_near(got, want, bits, x.dtype == torch.float32, bits <= 4, x.shape[-1])
+    packed = bits <= 4 and call.kwargs.get("layout", packing.PACKED) == packing.PACKED
+    _codes_near(got, want, bits, x.dtype == torch.float32, packed, x.shape[-1])
 
 
 def _hadamard_near(call: Call, got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
@@ -441,6 +452,7 @@ CHECKS: dict[str, Callable[[Call, tuple[Tensor, ...], tuple[Tensor, ...]], None]
     "hadamard": _hadamard_near,
     "gemm_w4a4": _exact,
     "gemm_w4a8": _exact,
+    "gemm_w8a8": _exact,
     "gemm_w4a16": _weight_only_near,
     "kv_quantize_append": _append_near,
     "kv_dequantize": _exact,
@@ -460,6 +472,8 @@ _GRIDS = (
     {"symmetric": False, "clip": True, "bits": 8},
     *({"bits": bits} for bits in (2, 3, 5, 6, 8)),
     *({"bits": bits, "symmetric": False} for bits in (2, 7)),
+    {"bits": 4, "layout": packing.BYTES},
+    {"bits": 3, "symmetric": False, "layout": packing.BYTES},
 )
 _FACTORS = ((1, 1, 1), (0, 4, 6), (3, 4, 6), (2, 5, 7), (5, 1, 13), (4, 13, 1), (2, 9, 17))
 _PRODUCTS = (
@@ -491,9 +505,10 @@ CASES: tuple[Case, ...] = (
     Case("hadamard", (2, 20, 8), {"scale": 0.25}),
     *(Case("gemm_w4a4", sizes) for sizes in (*_PRODUCTS, *_BIG_PRODUCTS)),
     *(Case("gemm_w4a8", sizes) for sizes in (*_PRODUCTS, *_BIG_PRODUCTS)),
+    *(Case("gemm_w8a8", sizes) for sizes in (*_PRODUCTS, *_BIG_PRODUCTS)),
     *(
         Case(op, ((5,), 19, 37), options)
-        for op in ("gemm_w4a4", "gemm_w4a8")
+        for op in ("gemm_w4a4", "gemm_w4a8", "gemm_w8a8")
         for options in (
             {"symmetric": False},
             {"bias": torch.float32},
@@ -504,6 +519,8 @@ CASES: tuple[Case, ...] = (
     Case("gemm_w4a4", ((4,), 5, 24), {"bits": 2}),
     Case("gemm_w4a4", ((4,), 5, 24), {"bits": 3, "symmetric": False}),
     Case("gemm_w4a8", ((4,), 5, 24), {"bits": 5}),
+    Case("gemm_w4a8", ((4,), 5, 24), {"bits": 4, "layout": packing.BYTES}),
+    Case("gemm_w8a8", ((4,), 5, 24), {"bits": 4, "symmetric": False, "layout": packing.BYTES}),
     *(Case("gemm_w4a16", (*sizes, 1)) for sizes in (*_PRODUCTS, *_BIG_PRODUCTS)),
     *(Case("gemm_w4a16", ((5,), 18, 36, 3), {"bits": bits}) for bits in (2, 3, 4)),
     Case("gemm_w4a16", ((2, 3), 17, 256, 2), {"bits": 2, "bias": torch.float32}),

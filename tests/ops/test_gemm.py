@@ -12,7 +12,7 @@ from torch import Tensor
 from flatquant_cuda import ops, packing, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-INTEGER_OPS = ("gemm_w4a4", "gemm_w4a8")
+INTEGER_OPS = ("gemm_w4a4", "gemm_w4a8", "gemm_w8a8")
 SHAPES = [  # m, n, k: nothing, one, odd, prime, around the tiles (64 rows, 16 columns, 64 bytes)
     (0, 5, 8),
     (5, 0, 8),
@@ -46,7 +46,8 @@ def integer_inputs(
     bits = 4 if op == "gemm_w4a4" else 8
     low, high = (0, 2**bits) if asymmetric else (-(2 ** (bits - 1)), 2 ** (bits - 1))
     a = torch.randint(low, high, (m, k), generator=random)
-    w = torch.randint(-8, 8, (n, k), generator=random)
+    wide = op == "gemm_w8a8"
+    w = torch.randint(-128 if wide else -8, 128 if wide else 8, (n, k), generator=random)
     if bits == 4:
         packed = packing.pack_nibbles(a)
     else:
@@ -54,7 +55,7 @@ def integer_inputs(
     inputs: dict[str, Any] = {
         "a": packed,
         "a_scale": torch.rand(m, generator=random),
-        "w": packing.pack_nibbles(w),
+        "w": w.to(torch.int8) if wide else packing.pack_nibbles(w),
         "w_scale": torch.rand(n, generator=random) * 0.01,
     }
     if asymmetric:
@@ -91,12 +92,13 @@ def test_extreme_codes(isa: str, op: str, code: int) -> None:
     for asymmetric in (False, True):
         inputs = integer_inputs(op, 5, 19, 4098, asymmetric)
         inputs["a"].view(torch.uint8).fill_(code)
-        for weights in (0x88, 0x77):
-            inputs["w"].fill_(weights)
+        for weights in (0x88, 0x77, 0x80, 0x7F):
+            inputs["w"].view(torch.uint8).fill_(weights)
             if asymmetric:
                 inputs["a_zero"].fill_(15 if op == "gemm_w4a4" else 255)
-                sums = packing.unpack_nibbles(inputs["w"], 4098).sum(1, dtype=torch.int32)
-                inputs["w_colsum"] = sums
+                w = inputs["w"]
+                plain = w if op == "gemm_w8a8" else packing.unpack_nibbles(w, 4098)
+                inputs["w_colsum"] = plain.sum(1, dtype=torch.int32)
             assert torch.equal(call(op, inputs), call(op, inputs, reference))
 
 
@@ -110,6 +112,10 @@ def test_longest_sum_does_not_overflow(isa: str, asymmetric: bool) -> None:
         inputs["a_zero"] = torch.tensor([0, 255], dtype=torch.int32)
         inputs["w_colsum"] = torch.full((3,), -8 * k, dtype=torch.int32)
     assert torch.equal(call("gemm_w4a8", inputs), call("gemm_w4a8", inputs, reference))
+    inputs |= {"a": inputs["a"][:, : 2**16], "w": torch.full((3, 2**16), -128, dtype=torch.int8)}
+    if asymmetric:
+        inputs["w_colsum"] = torch.full((3,), -128 * 2**16, dtype=torch.int32)
+    assert torch.equal(call("gemm_w8a8", inputs), call("gemm_w8a8", inputs, reference))
 
 
 @pytest.mark.parametrize("op", INTEGER_OPS)

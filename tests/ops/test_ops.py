@@ -129,6 +129,7 @@ def test_threads_change_nothing(op: str, native: None) -> None:
         "hadamard": Case(op, (301, 12, 128)),
         "gemm_w4a4": Case(op, ((130,), 333, 576)),
         "gemm_w4a8": Case(op, ((1,), 1536, 576)),
+        "gemm_w8a8": Case(op, ((3,), 1536, 576)),
         "gemm_w4a16": Case(op, ((3,), 333, 576, 9)),
         "kv_quantize_append": Case(op, (2, 3, 100, 64), {"capacity": 100, "transform": True}),
         "kv_dequantize": Case(op, (2, 3, 500, 64)),
@@ -237,6 +238,7 @@ WRONG: dict[str, list[tuple[dict[str, object], str]]] = {
         ({"clip": torch.ones(3)}, r"clip has shape \[3\]: it must be \[2\]"),
         ({"clip": torch.ones(2).half()}, "clip has dtype float16: it must be float32"),
         ({"narrow": True, "symmetric": False}, "narrow is set: it needs symmetric"),
+        ({"layout": 2}, r"layout is 2: it must be 0 \(packed\) or 1 \(one byte a code\)"),
     ],
     "kronecker": [
         ({"left": torch.zeros(2, 3)}, r"left has shape \[2, 3\]: it must be square"),
@@ -293,6 +295,14 @@ WRONG: dict[str, list[tuple[dict[str, object], str]]] = {
         ),
         ({"a": torch.zeros(5, 37).char()}, "a has dtype int8, a_zero is given: a must be uint8"),
     ],
+    "gemm_w8a8": [
+        ({"w": torch.zeros(19, 36).char()}, r"w has shape \[19, 36\]: it must be \[any, 37\]"),
+        ({"w": torch.zeros(19, 37).byte()}, "w has dtype uint8: it must be int8"),
+        (
+            {"a": torch.zeros(1, 2**16 + 1).byte(), "w": torch.zeros(1, 2**16 + 1).char()},
+            "a has 65537 columns: int32 sums of 8-bit products allow at most 65536",
+        ),
+    ],
     "gemm_w4a16": [
         ({"bits": 5}, "bits is 5: it must be 2..4"),
         ({"w": torch.zeros(17, 63).byte()}, r"w has shape \[17, 63\]: it must be \[any, 64\]"),
@@ -347,6 +357,7 @@ BASES = {
     "hadamard": Case("hadamard", (2, 20, 8)),
     "gemm_w4a4": Case("gemm_w4a4", ((5,), 19, 37), {"symmetric": False}),
     "gemm_w4a8": Case("gemm_w4a8", ((5,), 19, 37), {"symmetric": False}),
+    "gemm_w8a8": Case("gemm_w8a8", ((5,), 19, 37), {"symmetric": False}),
     "gemm_w4a16": Case("gemm_w4a16", ((6,), 17, 256, 2), {"bits": 2}),
     "kv_quantize_append": Case("kv_quantize_append", (2, 3, 40, 64), {"capacity": 40}),
     "kv_dequantize": Case("kv_dequantize", (1, 2, 9, 64)),
@@ -378,6 +389,8 @@ def test_unknown_names_are_refused() -> None:
         packing.unpack(torch.zeros(3, dtype=torch.uint8), 4, 8)
     with pytest.raises(ValueError, match=r"quantize_activation: bits is 1: it must be 2\.\.8"):
         reference.quantize_activation(torch.zeros(2, 2), bits=1)
+    with pytest.raises(ValueError, match=r"layout is 2: it must be 0 \(PACKED\) or 1 \(BYTES\)"):
+        reference.quantize_activation(torch.zeros(2, 2), layout=2)
 
 
 # ---- the package ---------------------------------------------------------------------------------

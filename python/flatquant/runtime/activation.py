@@ -22,6 +22,7 @@ class ActivationSpec:
         symmetric: grid.
         left: n1 of the online factor P1, 0 if there is none.
         right: n2 of the online factor P2, 0 if there is none.
+        wide_weights: the weights that read this input have 5 to 8 bits.
     """
 
     width: int
@@ -29,6 +30,11 @@ class ActivationSpec:
     symmetric: bool
     left: int
     right: int
+    wide_weights: bool = False
+
+    def layout(self, device: torch.device) -> int:
+        """How the codes lie in memory, so that the linears' GEMM on `device` can read them."""
+        return fq.packing.BYTES if self.wide_weights else fq.activation_layout(device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +59,15 @@ class FloatActivation(Activation):
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedActivation(Activation):
-    """Codes, scale and zero point (None when symmetric) of a transformed input."""
+    """Codes, scale and zero point (None when symmetric) of a transformed input.
+
+    `layout` is that of the codes, `flatquant_cuda.packing.PACKED` or `BYTES`.
+    """
 
     codes: Tensor
     scale: Tensor
     zero: Tensor | None
+    layout: int
 
 
 class InputQuantizer(ExactBuffers):
@@ -108,6 +118,7 @@ class InputQuantizer(ExactBuffers):
         rms_eps: float | None = None,
     ) -> QuantizedActivation:
         """Codes of the transformed input; the spec's bits must be below 16."""
+        layout = self.spec.layout(x.device)
         codes, scale, zero = fq.ops.kronecker_quantize(
             x,
             self.left_trans,
@@ -118,6 +129,7 @@ class InputQuantizer(ExactBuffers):
             clip=self.clip_ratio,
             bits=self.spec.bits,
             symmetric=self.spec.symmetric,
+            layout=layout,
         )
         return QuantizedActivation(
             shape=x.shape,
@@ -126,6 +138,7 @@ class InputQuantizer(ExactBuffers):
             codes=codes,
             scale=scale,
             zero=None if self.spec.symmetric else zero,
+            layout=layout,
         )
 
     def prepare(self, x: Tensor) -> Activation:

@@ -17,7 +17,7 @@ from flatquant.scheme import Scheme
 
 
 class QuantizedLinear(InputQuantizer):
-    """y = x·Wᵀ + b from codes: `gemm_w4a4`, `gemm_w4a8` or `gemm_w4a16`, by the scheme.
+    """y = x·Wᵀ + b from codes: `gemm_w4a4`, `gemm_w4a8`, `gemm_w8a8` or `gemm_w4a16`.
 
     Buffers: weight_packed uint8 [out, ceil(in/2)] (2-bit weights with floating-point inputs:
     four a byte; more than 4 bits: int8 [out, in]), weight_scale float32 [out] or [out, groups],
@@ -25,8 +25,8 @@ class QuantizedLinear(InputQuantizer):
     Where the linear alone reads its input, it holds the transform too: left_trans, right_trans
     and clip_ratio.
 
-    Bit widths for which no integer kernel exists (weights above 4 bits, or floating-point
-    weights with quantized inputs) run simulated; `kernel` says so.
+    Bit widths for which no kernel exists (floating-point weights with quantized inputs, or
+    weights above 4 bits with floating-point inputs) run simulated; `kernel` says so.
     """
 
     exact = InputQuantizer.exact | {"weight_scale"}
@@ -134,7 +134,11 @@ class QuantizedLinear(InputQuantizer):
 
     def _gemm_integer(self, x: QuantizedActivation) -> Tensor:
         packed, scale = self._weight()
-        gemm = fq.ops.gemm_w4a4 if self.a_bits <= 4 else fq.ops.gemm_w4a8
+        if self.w_bits > 4:
+            gemm = fq.ops.gemm_w8a8
+        else:
+            nibbles = self.a_bits <= 4 and x.layout == fq.packing.PACKED
+            gemm = fq.ops.gemm_w4a4 if nibbles else fq.ops.gemm_w4a8
         return gemm(
             x.codes,
             x.scale,
@@ -188,10 +192,9 @@ class QuantizedLinear(InputQuantizer):
 
     def _input_codes(self, x: QuantizedActivation) -> Tensor:
         """Codes minus zero points, int32 [..., in]."""
-        codes = x.codes
-        if self.a_bits <= 4:
-            codes = fq.packing.unpack_nibbles(codes, self.in_features, x.zero is None)
-        codes = codes.to(torch.int32)
+        codes = fq.packing.unpack_activation(
+            x.codes, self.in_features, self.a_bits, x.layout, x.zero is None
+        ).to(torch.int32)
         return codes if x.zero is None else codes - x.zero.unsqueeze(-1)
 
     def extra_repr(self) -> str:
@@ -204,7 +207,7 @@ class QuantizedLinear(InputQuantizer):
 
 def _kernel_of(w_bits: int, a_bits: int) -> str:
     if w_bits > 4:
-        return "simulated"
+        return "gemm_w8a8" if w_bits <= 8 and a_bits <= 8 else "simulated"
     if a_bits <= 4:
         return "gemm_w4a4"
     return "gemm_w4a8" if a_bits <= 8 else "gemm_w4a16"

@@ -1,0 +1,121 @@
+"""Compare CUDA kernels with the reference on the rows of the case table, on the current GPU.
+
+    python bench/gpu_cases.py [--op NAME ...] [--small]
+
+Needs neither pytest nor the introspection module, so that it also runs under compute-sanitizer
+(--small: a few rows of every op). Records, for every CUDA source, how many settings that reach it
+agreed: docs/results.md lists a source without such a line as one that has never run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from record import append, device_name
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from flatquant_cuda import backend, library, ops, packing, reference  # noqa: E402
+from tests.ops.cases import CHECKS, Call, Case, every_case  # noqa: E402
+
+#: The sources of csrc/cuda that answer an op.
+SOURCES = {
+    "quantize_activation": ("quantize*.cu",),
+    "kronecker": ("transform*.cu",),
+    "kronecker_quantize": ("transform*.cu",),
+    "hadamard": ("hadamard*.cu",),
+    "gemm_w4a4": ("gemm.cu", "gemm_mma*.cu", "gemm_s4*.cu"),
+    "gemm_w4a8": ("gemm.cu", "gemm_mma*.cu", "gemm_s8s4*.cu", "gemm_mixed*.cu"),
+    "gemm_w8a8": ("gemm.cu", "gemm_mma*.cu", "gemm_bytes*.cu"),
+}
+
+EXTRA = [  # rows that reach the fast kernels, which the small rows of the table do not
+    Case("quantize_activation", (40, 4096)),
+    Case("quantize_activation", (3, 28672), {"bits": 8}),
+    *(
+        Case("kronecker_quantize", (rows, n1, n2), options)
+        for n1, n2 in ((24, 24), (64, 64), (64, 76), (86, 128), (112, 128), (128, 224), (168, 176))
+        for rows in (2, 200)
+        for options in ({"rms_eps": 1e-5, "channel_scale": True}, {"gate": True})
+    ),
+    Case("kronecker_quantize", (50, 32, 128), {"sides": "left", "layout": packing.BYTES}),
+    Case("kronecker", (50, 32, 128), {"sides": "left"}),
+    Case("hadamard", (9, 1, 8192), {"base": False}),
+    Case("hadamard", (9, 28, 512)),
+    *(
+        Case(op, ((m,), 512, 1024), options)
+        for op in ("gemm_w4a4", "gemm_w4a8", "gemm_w8a8")
+        for m in (1, 17, 130, 700)
+        for options in ({}, {"bias": torch.bfloat16, "residual": True}, {"symmetric": False})
+    ),
+]
+
+
+def sources(op: str) -> list[str]:
+    """Names of the CUDA sources that an op's rows run on this GPU."""
+    major, _ = torch.cuda.get_device_capability()
+    testing_s4 = library.build_info()["build"].get("testing_s4", False)
+    found = []
+    for pattern in SOURCES[op]:
+        for path in sorted((ROOT / "csrc/cuda").glob(pattern)):
+            older, hopper = "_sm8x" in path.name, "_sm90" in path.name
+            if not (older and major != 8 and not testing_s4) and not (hopper and major != 9):
+                found.append(path.name)
+    return found
+
+
+def agrees(call: Call) -> str | None:
+    """Why the GPU's answer to a call is wrong, or None."""
+    try:
+        got = call.map(lambda t: t.cuda()).run(getattr(ops, call.op))
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return str(error).split("\n")[0]
+    want = call.run(getattr(reference, call.op))
+    try:
+        CHECKS[call.op](call, tuple(t.cpu() for t in got), want)
+    except AssertionError as error:
+        return str(error).split("\n")[0] or "differs from the reference"
+    return None
+
+
+def main() -> int:
+    """Compare; 1 where there is no GPU or something differs."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--op", nargs="+", choices=library.OPS, default=list(library.OPS))
+    parser.add_argument("--small", action="store_true", help="few rows, nothing recorded")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("gpu_cases: no GPU", file=sys.stderr)
+        return 1
+    failures, ran = 0, list[str]()
+    for op in options.op:
+        if backend(op, "cuda") != "native":
+            continue
+        rows = [(case, dtype) for case, dtype in every_case() if case.op == op]
+        rows += [(case, dtype) for case in EXTRA if case.op == op for dtype in case.dtypes[1:]]
+        if options.small:
+            rows = rows[:: max(1, len(rows) // 12)]
+        reasons = [(case, dtype, agrees(case.call(dtype))) for case, dtype in rows]
+        bad = [entry for entry in reasons if entry[2]]
+        failures += len(bad)
+        for case, dtype, reason in bad[:20]:
+            print(f"WRONG: {case.id} {dtype}: {reason}", flush=True)
+        print(f"{op}: {len(rows) - len(bad)} of {len(rows)} agree", flush=True)
+        if not options.small:
+            device = device_name()
+            append("gpu-cases", f"{op}/settings compared", len(rows), device=device)
+            append("gpu-cases", f"{op}/settings that differ", len(bad), device=device)
+            ran += sources(op)
+    if ran:
+        for name in sorted(set(ran)):
+            append("gpu-cases", f"csrc/cuda/{name}/has run", 1, device=device_name())
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,6 @@
+// 4-bit weights, 128 tokens x 128 features. All there is to say: cutlass_sm90.cuh.
+#include "cutlass_sm90.cuh"
+
+int fq::cuda::sm90::mixed_128x128(const GemmInteger& args, void* stream) {
+  return Mixed128x128::run(args, stream);
+}
