@@ -24,7 +24,8 @@ struct TransformQuery {
 struct TransformPlan {
   TransformPath path;
   int32_t column_tiles, row_tiles;  // n2 and n1 in 16s, rounded up; n2 to a kernel there is
-  int32_t tiles_per_warp, warps;    // row tiles of a warp; warps of a block that share a token
+  int32_t tiles_per_warp;           // row tiles of a warp, at most
+  int32_t warps, owners;            // of a block that share a token; those of them with row tiles
   int32_t tokens;                   // that a block works on at the same time
   int32_t cluster;                  // blocks that share a token
   bool left_shared, right_shared;   // a factor stays in shared memory; else it is read every time
@@ -45,7 +46,7 @@ struct TransformKernel {
 // One kernel each, for either 16-bit type. The build prints registers.
 constexpr TransformKernel kTransformKernels[] = {
     {2, 2, 8, 2, 82},    {3, 2, 8, 2, 112},  {4, 2, 8, 2, 126}, {5, 2, 6, 2, 158},
-    {6, 2, 8, 1, 190},   {7, 2, 8, 1, 206},  {8, 2, 8, 1, 226}, {10, 1, 10, 1, 165},
+    {6, 2, 8, 1, 200},   {7, 2, 8, 1, 206},  {8, 2, 8, 1, 226}, {10, 1, 10, 1, 165},
     {11, 1, 11, 1, 168}, {14, 1, 8, 1, 235},
 };
 
@@ -65,7 +66,7 @@ constexpr int32_t fewer_column_tiles(int32_t column_tiles) {
 }
 
 constexpr int32_t kFragmentBytes = 512;  // 16 bytes of every lane: an operand A of m16n8k16, two B
-constexpr int32_t kRangeEntries = 32;    // warps that may share a token
+constexpr int32_t kRangeEntries = 32;    // warps with row tiles that may share a token
 
 // Row tiles that a block of a cluster works on.
 constexpr int32_t tiles_per_block(const TransformPlan& plan) {
@@ -128,20 +129,26 @@ constexpr bool better(const TransformMerit& a, const TransformMerit& b) {
   return a.more_warps > b.more_warps;
 }
 
+// Fewer than there are multiprocessors: what counts is how soon one is done.
+constexpr bool few_tokens(const Gpu& gpu, const TransformQuery& query) {
+  return query.rows < gpu.sms;
+}
+
 // Fills in what follows from the choices; false if they do not fit.
 constexpr bool complete(const Gpu& gpu, const TransformQuery& query, const TransformKernel& kernel,
                         TransformPlan& plan) {
   const int32_t owners = static_cast<int32_t>(whole_of(tiles_per_block(plan), plan.tiles_per_warp));
-  // Few tokens: warps without a row tile still help to load. So they do where P2 is read in slices,
-  // 16 * column_tiles units of one thread each.
+  // Warps without a row tile still help to load: the factors, where they are used only once, and P2
+  // in slices, which takes 16 * column_tiles threads.
   int32_t warps = owners;
-  if (plan.tokens == 1 && warps < 4 && query.rows < gpu.sms) warps = 4;
+  if (few_tokens(gpu, query) && warps < 8) warps = 8;
   if (!plan.right_shared && 2 * warps < plan.column_tiles) warps = (plan.column_tiles + 1) / 2;
-  plan.warps = warps;
-  plan.threads = 32 * warps * plan.tokens;
+  plan.warps = warps < kernel.warps ? warps : kernel.warps;
+  plan.owners = owners;
+  plan.threads = 32 * plan.warps * plan.tokens;
   plan.shared_bytes = transform_shared(plan, query.left, query.right).bytes;
-  return plan.tokens * warps <= kernel.warps && plan.cluster * warps <= kRangeEntries &&
-         plan.shared_bytes <= gpu.shared_per_block;
+  return plan.tokens * plan.warps <= kernel.warps && owners <= plan.warps &&
+         plan.cluster * owners <= kRangeEntries && plan.shared_bytes <= gpu.shared_per_block;
 }
 
 constexpr TransformPlan plan_transform(const Gpu& gpu, const TransformQuery& query) {
@@ -161,7 +168,7 @@ constexpr TransformPlan plan_transform(const Gpu& gpu, const TransformQuery& que
   base.row_tiles = static_cast<int32_t>(whole_of(query.n1, 16));
   // GeForce and its kin multiply 16-bit numbers at a quarter of the others' rate or less.
   base.squares_by_mma = gpu.arch != 86 && gpu.arch != 89 && gpu.arch != 120;
-  const bool few = query.rows < gpu.sms;
+  const bool few = few_tokens(gpu, query);
 
   TransformPlan best = general;
   TransformMerit most{};

@@ -312,7 +312,7 @@ static __device__ __forceinline__ void keep_right(const Factor& right, int slice
                                                   uint8_t* shared) {
   constexpr int kUnits = 32 * kColumns, kSlice = kColumns * kFragmentBytes;
   if (right.vectors) {
-#pragma unroll 2
+#pragma unroll 4
     for (int i = threadIdx.x; i < slices * kUnits; i += blockDim.x) {
       const int step = i / kUnits, unit = i % kUnits;
       RightUnit u{};

@@ -344,19 +344,21 @@ __global__ void __launch_bounds__(kWarp* kWarps, kBlocks)
       uint2* const entries = reinterpret_cast<uint2*>(shared + p.at.ranges) +
                              (parity * plan.tokens + group) * kRangeEntries;
       parity ^= 1;
-      uint2* const entry = entries + rank * plan.warps + warps.member;
+      uint2* const entry = entries + rank * plan.owners + warps.member;
+      const bool brings = warps.member < plan.owners;
       if (plan.cluster > 1) {
-        if (lane < plan.cluster) {
+        if (brings && lane < plan.cluster) {
           cluster_store(static_cast<uint32_t>(range.above), &entry->x, lane);
           cluster_store(range.below, &entry->y, lane);
         }
         cluster_arrive();
         cluster_wait();
       } else {
-        if (lane == 0) *entry = make_uint2(static_cast<uint32_t>(range.above), range.below);
+        if (brings && lane == 0)
+          *entry = make_uint2(static_cast<uint32_t>(range.above), range.below);
         __syncthreads();
       }
-      if (active && lane < plan.cluster * plan.warps)
+      if (active && lane < plan.cluster * plan.owners)
         range.add({static_cast<int32_t>(entries[lane].x), entries[lane].y});
       range = warp_range(range);
 

@@ -35,6 +35,18 @@ constexpr Field<GeneralPlan> kGeneralFields[] = {
     {"blocks", [](const GeneralPlan& p) { return p.blocks; }},
 };
 
+// Factors are float32, as checkpoints store them.
+TransformQuery query_of(int64_t rows, int64_t n1, int64_t n2, const std::string& dtype, bool left,
+                        bool right, bool vectors) {
+  TransformQuery query{};
+  query.rows = rows, query.n1 = n1, query.n2 = n2;
+  query.dtype = dtype_of(dtype);
+  query.left = left, query.right = right;
+  query.vectors = query.left_vectors = query.right_vectors = vectors;
+  query.factors_are_floats = query.dtype == Dtype::kFloat32;
+  return query;
+}
+
 }  // namespace
 
 void add_transform(py::module_& m) {
@@ -54,31 +66,29 @@ void add_transform(py::module_& m) {
   m.def(
       "plan_transform",
       [](const py::dict& gpu, py::array_t<int64_t, py::array::forcecast> rows, int64_t n1,
-         int64_t n2, const std::string& dtype, bool left, bool right, bool vectors,
-         bool left_vectors, bool right_vectors) {
+         int64_t n2, const std::string& dtype, bool left, bool right, bool vectors) {
         const cuda::Gpu target = gpu_of(gpu);
+        TransformQuery query = query_of(0, n1, n2, dtype, left, right, vectors);
         std::vector<TransformPlan> plans;
         const auto values = rows.unchecked<1>();
-        for (py::ssize_t i = 0; i < values.shape(0); ++i)
-          plans.push_back(
-              cuda::plan_transform(target, {values(i), n1, n2, dtype_of(dtype), left, right,
-                                            vectors, left_vectors, right_vectors}));
+        for (py::ssize_t i = 0; i < values.shape(0); ++i) {
+          query.rows = values(i);
+          plans.push_back(cuda::plan_transform(target, query));
+        }
         return columns(plans, kFields);
       },
       py::arg("gpu"), py::arg("rows"), py::arg("n1"), py::arg("n2"), py::kw_only(),
       py::arg("dtype") = "bfloat16", py::arg("left") = true, py::arg("right") = true,
-      py::arg("vectors") = true, py::arg("left_vectors") = true, py::arg("right_vectors") = true,
-      "The path (an index into TRANSFORM_PATHS) and its shape for every row "
-      "count in rows, as "
+      py::arg("vectors") = true,
+      "The path (an index into TRANSFORM_PATHS) and its shape for every row count in rows, as "
       "arrays.");
 
   m.def(
       "plan_general",
       [](const py::dict& gpu, int64_t rows, int64_t n1, int64_t n2, const std::string& dtype,
          bool left, bool right) {
-        return numbers(cuda::plan_general(gpu_of(gpu), {rows, n1, n2, dtype_of(dtype), left, right,
-                                                        false, false, false}),
-                       kGeneralFields);
+        const TransformQuery query = query_of(rows, n1, n2, dtype, left, right, false);
+        return numbers(cuda::plan_general(gpu_of(gpu), query), kGeneralFields);
       },
       py::arg("gpu"), py::arg("rows"), py::arg("n1"), py::arg("n2"), py::kw_only(),
       py::arg("dtype") = "bfloat16", py::arg("left") = true, py::arg("right") = true,

@@ -147,11 +147,20 @@ class Kernels:
 
     def run(self) -> int:
         """Print the build information."""
+        import torch
+
         from flatquant_cuda import build_info
-        from flatquant_cuda.__main__ import describe
+        from flatquant_cuda.__main__ import advice, describe
 
         info = build_info()
-        print(json.dumps(info, indent=2) if self.json else describe(info))
+        if self.json:
+            print(json.dumps(info, indent=2))
+            return 0
+        print(describe(info))
+        print("\nBest scheme on this processor: W4A8KV4: it multiplies bytes, so A8 costs nothing")
+        for index in range(torch.cuda.device_count()):
+            best = advice(torch.cuda.get_device_capability(index))
+            print(f"Best scheme on {torch.cuda.get_device_name(index)}: {best}")
         return 0
 
 

@@ -152,7 +152,7 @@ def tools() -> None:
     """Skip unless the disassembler is there."""
     missing = sass.missing_tools()
     if missing:
-        pytest.skip(f"not installed: {', '.join(missing)} (see constraints.txt)")
+        pytest.skip(f"not installed: {', '.join(missing)} (the Makefile installs them)")
 
 
 @pytest.fixture(scope="module")
