@@ -246,7 +246,9 @@ def test_transform_of_every_real_size(gpu: Gpu, n1: int, n2: int, right: bool) -
     assert (plans["tiles_per_warp"] <= kernel["tiles_per_warp"]).all()
     assert (plans["threads"] == 32 * plans["warps"] * plans["tokens"]).all()
     assert (plans["threads"] <= 32 * kernel["warps"]).all()
-    assert (plans["warps"] * plans["cluster"] <= MOST_RANGES).all()
+    # Only warps with a row tile have a range; the others of a block help to load.
+    owners = ceil_div(tiles_per_block, plans["tiles_per_warp"])
+    assert (owners * plans["cluster"] <= MOST_RANGES).all()
     if kernel["tiles_per_warp"] > 1:  # only the others can do without a factor in shared memory
         assert plans["left_shared"].all()
         assert plans["right_shared"].all()
