@@ -59,9 +59,8 @@ int kronecker(const Kronecker& args, void* /*workspace*/, void* stream) {
   if (t.left || !t.right || t.channel_scale) return run(a, stream);
 
   // Only a right factor: every row of every X is on its own, so X may be cut anywhere. 64 rows are
-  // a good size, or 16, the least, if that keeps more multiprocessors busy.
-  const int64_t total = args.rows * t.n1;
-  const int64_t height = total < int64_t{64} * current_gpu().sms ? 16 : 64;
+  // a good size for the kernels.
+  const int64_t total = args.rows * t.n1, height = total < 64 ? total : 64;
   const int64_t row_out = t.n2 * size_of(args.out_dtype), row_in = t.n2 * size_of(args.dtype);
   for (int64_t first = 0; first < total;) {
     const int64_t left = total - first;
