@@ -97,7 +97,7 @@ def build_facts(native_module: bool) -> dict[str, object]:
         "torch": torch.__version__,
         "compiler": output_of(os.environ.get("CXX", "c++"), "--version").split("\n")[0],
         "nvcc": version.group(1) if version and cuda_home else None,
-        "cpu_isas": ["portable", "avx2", "avx512"] if is_x86() else ["portable"],
+        "cpu_isas": ["portable", "avx2", "avx512", "amx"] if is_x86() else ["portable"],
         "cuda_architectures": {name: architectures(name) for name in sources if cuda_home},
         "testing_s4": testing_s4,
         "not_built": not_built,
@@ -177,7 +177,8 @@ class Build(BuildExtension):
 
 def extensions() -> list:
     """The op library, and the contract's scalars for tests if pybind11 is there."""
-    sources = ["schema.cpp", "args.cpp", "ops_cpu.cpp"] + (["ops_cuda.cpp"] if cuda_home else [])
+    sources = ["schema.cpp", "args.cpp", "ops_cpu.cpp", "decoder_plan.cpp", "decoder_stack.cpp"]
+    sources += ["ops_cuda.cpp"] if cuda_home else []
     flags = [
         "-std=c++17",
         "-O2",

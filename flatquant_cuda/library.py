@@ -29,7 +29,7 @@ OPS = (
     "fake_quantize",
     "fake_quantize_backward",
 )
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512", "amx")
 
 _HERE = Path(__file__).parent
 _KEYS = {"cpu": "CPU", "cuda": "CUDA", "meta": "Meta"}

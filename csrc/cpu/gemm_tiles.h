@@ -1,12 +1,12 @@
 // How the output [m, n] of a matrix product is cut into the tiles that threads share: blocks of
-// rows outermost, 16 columns at a time inside.
+// rows outermost, 32 columns at a time inside.
 //
-//               columns 0..15   16..31   ..
-//   rows 0..63  tile 0          tile 1   ..
-//   rows 64..   ..
+//               columns 0..31   32..63   ..
+//   rows 0..255 tile 0          tile 1   ..
+//   rows 256..  ..
 //
 // A thread works on consecutive tiles: it prepares the rows of a block once and streams the
-// weights. A block holds 64 rows, fewer if those would not stay in the L2 cache. The cut changes no
+// weights. A block holds as many rows as stay in the L2 cache, at most 256. The cut changes no
 // result.
 #pragma once
 
@@ -15,16 +15,16 @@
 namespace fq::cpu {
 namespace {
 
-constexpr int64_t kTileColumns = 16;
-constexpr int64_t kMostTileRows = 64;
-constexpr int64_t kLeastTileRows = 4;
+constexpr int64_t kTileColumns = 32;
+constexpr int64_t kMostTileRows = 512;
+constexpr int64_t kTileRowUnit = 32;               // a block is a multiple of it
 constexpr int64_t kBlockBytes = int64_t{1} << 20;  // of prepared rows
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Tile {
   int64_t row, rows, column;
-  int columns;  // 1..16
+  int columns;  // 1..32
 };
 
 struct Tiling {
@@ -33,8 +33,8 @@ struct Tiling {
   // row_bytes: what a kernel keeps of one row of the left operand.
   Tiling(int64_t m_, int64_t n_, int64_t row_bytes)
       : m(m_), n(n_), across(ceil_div(n_, kTileColumns)) {
-    const int64_t fit = kBlockBytes / (row_bytes > 0 ? row_bytes : 1);
-    block_rows = fit > kMostTileRows ? kMostTileRows : fit < kLeastTileRows ? kLeastTileRows : fit;
+    const int64_t fit = kBlockBytes / (row_bytes > 0 ? row_bytes : 1) / kTileRowUnit * kTileRowUnit;
+    block_rows = fit > kMostTileRows ? kMostTileRows : fit < kTileRowUnit ? kTileRowUnit : fit;
   }
 
   int64_t count() const { return ceil_div(m, block_rows) * across; }

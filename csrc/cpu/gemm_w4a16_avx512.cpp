@@ -1,11 +1,15 @@
 // gemm_w4a16 for AVX-512. See gemm_w4a16_body.h.
-#include "gemm_tiles.h"
+#include <cstddef>
+
 #include "gemm_w4a16.h"
 #include "lanes.h"
+#include "quads.h"
 #include "scratch.h"
 
 namespace fq::cpu {
 namespace {
+
+constexpr int kRegisters = 32;
 
 #include "row_body.h"
 

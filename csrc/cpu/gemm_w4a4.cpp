@@ -11,7 +11,7 @@ int64_t gemm_tiles(const GemmInteger& args) { return tiling(args).count(); }
 
 void gemm_w4a4(const GemmInteger& args, int64_t begin, int64_t end) {
 #if defined(__x86_64__)
-  pick(&gemm_plain<4, 4>, &gemm_w4a4_avx2, &gemm_w4a4_avx512)(args, begin, end);
+  pick(&gemm_plain<4, 4>, &gemm_w4a4_avx2, &gemm_w4a4_avx512, &gemm_w4a4_amx)(args, begin, end);
 #else
   gemm_plain<4, 4>(args, begin, end);
 #endif

@@ -9,7 +9,7 @@ namespace fq::cpu {
 
 void gemm_w8a8(const GemmInteger& args, int64_t begin, int64_t end) {
 #if defined(__x86_64__)
-  pick(&gemm_plain<8, 8>, &gemm_w8a8_avx2, &gemm_w8a8_avx512)(args, begin, end);
+  pick(&gemm_plain<8, 8>, &gemm_w8a8_avx2, &gemm_w8a8_avx512, &gemm_w8a8_amx)(args, begin, end);
 #else
   gemm_plain<8, 8>(args, begin, end);
 #endif

@@ -12,7 +12,7 @@
 
 namespace fq::cpu {
 
-enum class Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+enum class Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
 
 // avx2 means AVX2 + FMA; avx512 means F, BW, DQ, VL and VNNI.
 Isa isa();  // what kernels run on now: read once from the machine and the environment
@@ -22,8 +22,9 @@ const char* isa_name(Isa isa);  // "portable", "avx2", "avx512"
 Isa force_isa(Isa isa);
 
 template <class Kernel>
-Kernel pick(Kernel portable, Kernel avx2, Kernel avx512) {
+Kernel pick(Kernel portable, Kernel avx2, Kernel avx512, Kernel amx = nullptr) {
   const Isa best = isa();
+  if (best >= Isa::kAmx && amx) return amx;
   if (best >= Isa::kAvx512 && avx512) return avx512;
   if (best >= Isa::kAvx2 && avx2) return avx2;
   return portable;

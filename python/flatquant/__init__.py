@@ -19,6 +19,7 @@ from flatquant.plan import QuantizationPlan
 from flatquant.recipe import FitConfig, Recipe, ScaleConfig
 from flatquant.report import QuantizationReport, report
 from flatquant.result import CalibrationResult
+from flatquant.runtime.stack import fast_path
 from flatquant.scheme import Scheme
 from flatquant.surgery import fake_quantized
 
@@ -37,6 +38,7 @@ __all__ = [
     "Scheme",
     "calibrate",
     "fake_quantized",
+    "fast_path",
     "load",
     "perplexity",
     "quantize",

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from flatquant.models import family_of
 from flatquant.plan import FORMAT_VERSION, QuantizationPlan
+from flatquant.runtime.head import fill_head
+from flatquant.scheme import OFF
 from flatquant.surgery import block_names, install
 
 
@@ -42,7 +44,10 @@ class CalibrationResult:
                 f"the result has {len(self.blocks)} blocks, the model has {len(names)}: "
                 "it was made from another model"
             )
+        head = model.get_output_embeddings()  # type: ignore[operator]
         install(model, self.plan)
+        if self.plan.scheme.head_bits != OFF:
+            fill_head(model.get_output_embeddings(), head)  # type: ignore[operator]
         for name, tensors in zip(names, self.blocks, strict=True):
             _load_block(model.get_submodule(name), name, tensors)
         return model

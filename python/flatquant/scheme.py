@@ -10,6 +10,7 @@ OFF = 16
 
 _MAIN = re.compile(r"(?:W(?P<w>\d+))?(?:A(?P<a>\d+))?(?:KV(?P<kv>\d+)|K(?P<k>\d+)V(?P<v>\d+))?")
 _GROUP = re.compile(r"g(?P<group>\d+)")
+_HEAD = re.compile(r"head(?P<head>\d+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,7 @@ class Scheme:
         v_bits: bits of cached values, 2..8 or 16.
         a_symmetric: symmetric (default) or asymmetric activation grid.
         w_group: input channels that share one weight scale; None is the whole channel.
+        head_bits: bits of the output head and its input, 8 or 16; a tied embedding shares them.
 
     Raises:
         ValueError: a width outside 2..8 and 16, or groups together with integer activations.
@@ -37,12 +39,15 @@ class Scheme:
     v_bits: int = OFF
     a_symmetric: bool = True
     w_group: int | None = None
+    head_bits: int = OFF
 
     def __post_init__(self) -> None:
         for name in ("w_bits", "a_bits", "k_bits", "v_bits"):
             bits = getattr(self, name)
             if not isinstance(bits, int) or not (2 <= bits <= 8 or bits == OFF):
                 raise ValueError(f"Scheme: {name}={bits!r} must be 2..8, or 16 for off")
+        if self.head_bits not in (8, OFF):
+            raise ValueError(f"Scheme: head_bits={self.head_bits!r} must be 8, or 16 for off")
         if self.w_group is not None:
             if self.w_group < 1:
                 raise ValueError(f"Scheme: w_group={self.w_group} must be at least 1")
@@ -87,7 +92,7 @@ class Scheme:
 
     @classmethod
     def parse(cls, text: str | Scheme) -> Scheme:
-        """Read "W4A4KV4", "W4A8KV4", "W4A16", "W3A16-g128", "KV4", "K4V2", "W4A4KV4-asym".
+        """Read "W4A4KV4", "W4A8KV4", "W4A16", "W3A16-g128", "KV4", "K4V2", "W4A4KV4-asym-head8".
 
         Raises:
             ValueError: the text is not of that form, or the scheme breaks a rule above.
@@ -99,14 +104,18 @@ class Scheme:
         if match is None or not main:
             raise ValueError(f"scheme {text!r}: expected a form like W4A4KV4, W3A16-g128 or KV4")
         bits = {name: int(value) for name, value in match.groupdict().items() if value}
-        symmetric, group = True, None
+        symmetric, group, head = True, None, OFF
         for option in options:
             if option == "asym":
                 symmetric = False
             elif found := _GROUP.fullmatch(option):
                 group = int(found["group"])
+            elif found := _HEAD.fullmatch(option):
+                head = int(found["head"])
             else:
-                raise ValueError(f"scheme {text!r}: unknown option {option!r}; known: asym, gN")
+                raise ValueError(
+                    f"scheme {text!r}: unknown option {option!r}; known: asym, gN, head8"
+                )
         return cls(
             w_bits=bits.get("w", OFF),
             a_bits=bits.get("a", OFF),
@@ -114,6 +123,7 @@ class Scheme:
             v_bits=bits.get("v", bits.get("kv", OFF)),
             a_symmetric=symmetric,
             w_group=group,
+            head_bits=head,
         )
 
     def __str__(self) -> str:
@@ -128,4 +138,6 @@ class Scheme:
             text += "-asym"
         if self.w_group is not None:
             text += f"-g{self.w_group}"
+        if self.head_bits != OFF:
+            text += f"-head{self.head_bits}"
         return text

@@ -12,11 +12,14 @@ from torch import nn
 from flatquant.models import family_of
 from flatquant.models.spec import FamilySpec, Geometry, Site
 from flatquant.plan import QuantizationPlan
+from flatquant.runtime import stack
 from flatquant.runtime.activation import ActivationSpec
 from flatquant.runtime.attention import KVQuantizer, activate
+from flatquant.runtime.head import install_head
 from flatquant.runtime.linear import QuantizedLinear
 from flatquant.runtime.mlp import QuantizedMLP
 from flatquant.runtime.norm import QuantizedNorm
+from flatquant.scheme import OFF
 from flatquant.transforms import kronecker_split
 
 
@@ -59,9 +62,12 @@ def install(model: nn.Module, plan: QuantizationPlan) -> None:
     geometry = family.geometry(model.config)
     for name in block_names(model, family):
         _install_block(model.get_submodule(name), name, family, geometry, plan)
+    if plan.scheme.head_bits != OFF:
+        install_head(model, plan.scheme.head_bits)
     model.flatquant_plan = plan  # type: ignore[assignment]
     if plan.scheme.quantizes_cache or Site.QK_HEAD in plan.sites:
         activate(model)
+        stack.activate(model)
 
 
 def _install_block(

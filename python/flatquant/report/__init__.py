@@ -10,6 +10,7 @@ import flatquant_cuda as fq
 from flatquant.models import family_of
 from flatquant.models.spec import Site
 from flatquant.plan import QuantizationPlan
+from flatquant.runtime import stack
 from flatquant.runtime.attention import KVQuantizer
 from flatquant.runtime.linear import QuantizedLinear
 from flatquant.surgery import block_names
@@ -34,6 +35,7 @@ class QuantizationReport:
         linears: every quantized linear.
         left_alone: every other linear -> why.
         ops: every op that the model calls -> "native" or "reference".
+        decoding: how a short call runs the decoder's blocks, or why not as one op.
     """
 
     scheme: str | None
@@ -41,6 +43,7 @@ class QuantizationReport:
     linears: tuple[LinearReport, ...]
     left_alone: dict[str, str]
     ops: dict[str, str]
+    decoding: str = ""
 
     @property
     def native(self) -> bool:
@@ -53,6 +56,7 @@ class QuantizationReport:
             f"{len(self.linears)} quantized linears"
         ]
         lines += [f"  {op}: {backend}" for op, backend in sorted(self.ops.items())]
+        lines += [f"  decoding: {self.decoding}"] if self.decoding else []
         lines += [f"  left alone: {name} ({why})" for name, why in self.left_alone.items()]
         return "\n".join(lines)
 
@@ -87,7 +91,13 @@ def report(model: nn.Module) -> QuantizationReport:
         linears=tuple(linears),
         left_alone=left_alone,
         ops=ops,
+        decoding="" if plan is None else _decoding(model),
     )
+
+
+def _decoding(model: nn.Module) -> str:
+    obstacle = stack.obstacle(model)
+    return "all blocks as one op" if obstacle is None else f"ops one by one: {obstacle}"
 
 
 def _why(model: nn.Module, name: str, plan: QuantizationPlan | None) -> str:

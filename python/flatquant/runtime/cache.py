@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from flatquant.runtime.kv import KVQuantizer
-from flatquant.runtime.storage import PackedStates, Storage
+from flatquant.runtime.storage import Lockstep, PackedStates, Storage
 
 ATTENTION = "flatquant"
 """Name of our attention function among transformers' attention implementations."""
@@ -78,7 +79,7 @@ class Int4Layer(DynamicLayer):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        keys, values = self._stores()
+        keys, values = self.stores()
         stored, given = keys.tensors[0].shape[0], key_states.shape[0]
         if stored != given:
             raise ValueError(f"Int4Cache: the cache has batch {stored}, the new keys have {given}")
@@ -101,7 +102,7 @@ class Int4Layer(DynamicLayer):
 
     def dequantize(self) -> tuple[Tensor, Tensor]:
         """Stored K and V as floats [batch, kv_heads, stored length, head_dim], model's basis."""
-        keys, values = self._stores()
+        keys, values = self.stores()
         return self.quantizer.restore_key(keys.dequantize()), values.dequantize()
 
     def get_seq_length(self, *args: Any) -> int:
@@ -120,6 +121,8 @@ class Int4Layer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget everything and free the memory."""
+        for store in self._filled():
+            store.break_step()
         self.key_store = self.value_store = None
         self.dropped = 0
         self.is_initialized = False
@@ -179,7 +182,12 @@ class Int4Layer(DynamicLayer):
         for store in self._filled():
             store.map(lambda t: t.to(self.device, non_blocking=True))
 
-    def _stores(self) -> tuple[Storage, Storage]:
+    def stores(self) -> tuple[Storage, Storage]:
+        """Storages of keys and values.
+
+        Raises:
+            ValueError: the layer holds nothing yet.
+        """
         if self.key_store is None or self.value_store is None:
             raise ValueError("Int4Cache: this layer holds nothing yet")
         return self.key_store, self.value_store
@@ -189,7 +197,7 @@ class Int4Layer(DynamicLayer):
 
     def _forget_invisible(self, keep_past: bool = False) -> None:
         """Drop what is before the window of the next token."""
-        keys, values = self._stores()
+        keys, values = self.stores()
         if self.sliding_window is None or (self.record_past and not keep_past):
             return
         surplus = keys.length - (self.sliding_window - 1)
@@ -209,10 +217,15 @@ class Int4Cache(Cache):
     Args:
         model: a model whose attention modules have a `kv_quantizer`.
 
+    Attributes:
+        lockstep: what fills the storages of all layers together, if anything does.
+
     Raises:
         ValueError: no attention module has a quantizer, or a quantized layer is of a kind
             other than full or sliding-window attention.
     """
+
+    lockstep: Lockstep | None = None
 
     def __init__(self, model: PreTrainedModel) -> None:
         layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
@@ -235,6 +248,44 @@ class Int4Cache(Cache):
                 )
             layers[index] = Int4Layer(attention, getattr(layers[index], "sliding_window", None))
         super().__init__(layers=layers)
+        self._in_step = list(self.layers)  # those that `lockstep` is of
+
+    def in_step(
+        self,
+        owner: object,
+        quantizers: Sequence[KVQuantizer],
+        shape: tuple[int, int, int, int],
+        dtype: torch.dtype,
+    ) -> Lockstep | None:
+        """Storages of all layers, with room for keys and values of a shape.
+
+        Args:
+            owner: who will fill them, by writing the tensors and advancing the length.
+            quantizers: those it uses, layer by layer.
+            shape: [batch, kv_heads, t, head_dim] of what it will add.
+            dtype: of the states.
+
+        Returns:
+            None if the layers differ in what they hold, or cannot hold this.
+        """
+        step = self.lockstep
+        if (
+            step is None
+            or not step.active
+            or step.owner is not owner
+            or self._in_step != self.layers
+        ):
+            self._in_step = list(self.layers)
+            states = torch.empty((), dtype=dtype).expand(shape)
+            stores = _alike(self.layers, quantizers, states)
+            step = self.lockstep = None if stores is None else Lockstep(stores, owner)
+        if step is None or step.batch != shape[0] or step.dtype != dtype:
+            return None
+        if step.length + shape[2] > step.capacity:
+            for store in step.storages:
+                store.reserve(shape[2])
+            step = self.lockstep = Lockstep(step.storages, owner)
+        return step
 
     def nbytes(self) -> int:
         """Bytes allocated for keys and values in all layers."""
@@ -252,6 +303,26 @@ class Int4Cache(Cache):
         for layer in self.layers:
             if hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
+
+
+def _alike(
+    layers: Sequence[Any], quantizers: Sequence[KVQuantizer], states: Tensor
+) -> list[Storage] | None:
+    """Storages of keys and values of all layers, if they hold codes of equally many tokens."""
+    if len(layers) != len(quantizers):
+        return None
+    stores: list[Storage] = []
+    for layer, quantizer in zip(layers, quantizers, strict=True):
+        if type(layer) is not Int4Layer or layer.quantizer is not quantizer or layer.dropped:
+            return None
+        if not layer.is_initialized:
+            layer.lazy_initialization(states)
+        keys, values = layer.stores()
+        if not quantizer.fills(keys, values):
+            return None
+        stores += (keys, values)
+    kinds = {(store.length, store.tensors[0].shape[0], store.dtype) for store in stores}
+    return stores if len(kinds) == 1 else None
 
 
 __all__ = ["ATTENTION", "Int4Cache", "Int4Layer"]

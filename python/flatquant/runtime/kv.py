@@ -88,6 +88,16 @@ class KVQuantizer(ExactBuffers):
         k = _storage(key, self.k_bits, self.k_trans, self.k_clip, capacity)
         return k, _storage(value, self.v_bits, None, self.v_clip, capacity)
 
+    def fills(self, keys: Storage, values: Storage) -> bool:
+        """Whether these storages hold codes and would be filled by what this quantizer has now."""
+        return (
+            isinstance(keys, PackedStorage)
+            and isinstance(values, PackedStorage)
+            and keys.transform is self.k_trans
+            and keys.clip is self.k_clip
+            and values.clip is self.v_clip
+        )
+
     def extra_repr(self) -> str:
         """Widths and transform, for `print(model)`."""
         transform = self.q_trans is not None

@@ -27,7 +27,7 @@ class QuantizedMLP(nn.Module):
         self.up_proj = up_proj
         self.down_proj = down_proj
         self.act_fn = act_fn
-        self._silu = type(act_fn).__name__ in ("SiLU", "SiLUActivation")
+        self.fuses_silu = type(act_fn).__name__ in ("SiLU", "SiLUActivation")
 
     @classmethod
     def from_module(cls, mlp: nn.Module) -> QuantizedMLP:
@@ -37,6 +37,6 @@ class QuantizedMLP(nn.Module):
     def forward(self, x: Tensor | Activation) -> Tensor:
         """x: hidden states, [..., hidden]."""
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if self._silu and self.down_proj.spec.bits < 16:
+        if self.fuses_silu and self.down_proj.spec.bits < 16:
             return self.down_proj(self.down_proj.quantize(up, gate=gate))
         return self.down_proj(self.act_fn(gate) * up)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,8 +75,25 @@ class Storage:
     """Tensors [batch, kv_heads, capacity, ...] filled up to `length`, growing geometrically."""
 
     def __init__(self, tensors: tuple[Tensor, ...], like: Tensor) -> None:
-        self.tensors, self.length = tensors, 0
+        self.tensors = tensors
         self.head_dim, self.dtype = like.shape[-1], like.dtype
+        self._length = 0
+        self._lockstep: Lockstep | None = None
+
+    @property
+    def length(self) -> int:
+        """Positions in use."""
+        return self._length if self._lockstep is None else self._lockstep.length
+
+    @length.setter
+    def length(self, value: int) -> None:
+        self.break_step()
+        self._length = value
+
+    def break_step(self) -> None:
+        """Be filled alone again, and so all storages that were filled together with this one."""
+        if self._lockstep is not None:
+            self._lockstep.end()
 
     @property
     def capacity(self) -> int:
@@ -85,13 +102,17 @@ class Storage:
 
     def append(self, states: Tensor) -> None:
         """Store states [batch, kv_heads, t, d] after what is there."""
-        end = self.length + states.shape[2]
+        self.reserve(states.shape[2])
+        self._write(states)
+        self.length += states.shape[2]
+
+    def reserve(self, count: int) -> None:
+        """Have memory for `count` more positions."""
+        end = self.length + count
         if end > self.capacity:
             # half as much again keeps the copying linear and the slack below a third
             wanted = max(end, self.capacity + self.capacity // 2)
             self._resize(self.length, -(-wanted // _STEP) * _STEP)
-        self._write(states)
-        self.length = end
 
     def view(self, exact: Tensor | None = None) -> Tensor | PackedStates:
         """What attention reads; later appends leave it as it is."""
@@ -110,11 +131,13 @@ class Storage:
     def __deepcopy__(self, memo: dict[int, Any]) -> Storage:
         """A copy with its own tensors and the same quantizer."""
         twin = copy.copy(self)
+        twin._length, twin._lockstep = self.length, None
         twin.map(torch.clone)
         return twin
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor by function(tensor): batch selection, repetition, device moves."""
+        self.break_step()
         self.tensors = tuple(function(t) for t in self.tensors)
 
     def nbytes(self) -> int:
@@ -131,6 +154,47 @@ class Storage:
 
     def _write(self, states: Tensor) -> None:
         raise NotImplementedError
+
+
+class Lockstep:
+    """Storages of one length that are filled together, all layers by one op.
+
+    They share one count of positions, so that a token costs no work per layer. Whatever else
+    happens to one of them (an append, a crop, a reordering) ends it for all.
+
+    Args:
+        storages: alike in length, batch and dtype, and none of them in another lockstep.
+        owner: who fills them.
+
+    Attributes:
+        capacity: positions that every storage has memory for.
+        length: positions in use.
+        active: False once it has ended.
+        binding: the owner's, to the memory of the storages.
+    """
+
+    def __init__(self, storages: Sequence[Storage], owner: object) -> None:
+        self.storages, self.owner = storages, owner
+        self.batch, self.dtype = storages[0].tensors[0].shape[0], storages[0].dtype
+        self.capacity = min(storage.capacity for storage in storages)
+        self.length = storages[0].length
+        self.active = True
+        self.binding: Any = None
+        for storage in storages:
+            storage._lockstep = self
+
+    def tensors(self) -> list[Tensor]:
+        """Of all storages, in order."""
+        return [tensor for storage in self.storages for tensor in storage.tensors]
+
+    def end(self) -> None:
+        """Give every storage a length of its own."""
+        self.active = False
+        for storage in self.storages:
+            storage._length, storage._lockstep = self.length, None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """Copied storages are not in step: no lockstep."""
 
 
 class FloatStorage(Storage):

@@ -1,0 +1,414 @@
+// gemm_w4a16 for AMX, where x is bfloat16: tdpbf16ps multiplies 16 rows by 16 columns, 32 k of
+// each, in exactly the order of gemm_w4a16.h, which was made for it. The loops are in
+// gemm_panels.h.
+//
+// A step is a part. A line of a column is one step per field of its words; shifted down to the
+// lowest bits, a field looks up the bfloat16 of its code, which holds it exactly, for 32 words at a
+// time. A quad is a pair of those, from an even and an odd word.
+//
+// The sums of a segment are taken out of the matrix unit and added to the totals, times their
+// scale.
+//
+// Of few rows the products are taken with the weights as rows of the matrix unit: a line then needs
+// no transposing, and 16 columns of it no panel.
+//
+// tdpbf16ps takes subnormal numbers for 0 and rounds to them so. There are none if every number of
+// x is 0 or at least 2^-100: all products and sums are then multiples of 2^-107. Rows that hold a
+// smaller one, other types, and groups of no whole bytes are left to AVX-512.
+#include <type_traits>
+
+#include "gemm_panels.h"
+#include "gemm_w4a16.h"
+#include "narrow_bf16.h"
+#include "quads.h"
+#include "tiles_amx.h"
+
+namespace fq::cpu {
+namespace {
+
+constexpr uint16_t kSmallestSafe = 27 << 7;  // 2^-100 in bfloat16
+static_assert(kPart * 2 == kRowStep, "a part is a step");
+
+// The bfloat16 of a code, by the lowest five bits of a word.
+template <int kWidth>
+struct CodeTable {
+  alignas(64) uint16_t values[32] = {};
+
+  constexpr CodeTable() {
+    constexpr uint16_t kMagnitudes[] = {0,      0x3f80, 0x4000, 0x4040, 0x4080,
+                                        0x40a0, 0x40c0, 0x40e0, 0x4100};  // 0..8
+    constexpr int kSign = 1 << (kWidth - 1);
+    for (int i = 0; i < 32; ++i) {
+      const int code = ((i & (2 * kSign - 1)) ^ kSign) - kSign;
+      values[i] = code < 0 ? kMagnitudes[-code] | 0x8000 : kMagnitudes[code];
+    }
+  }
+};
+template <int kWidth>
+constexpr CodeTable<kWidth> kCodes;
+
+// What the columns of a tile bring to the epilogue. Where there is no bias it is -0, which changes
+// nothing when it is added.
+struct Bias {
+  float bias[kTileColumns];
+
+  Bias() {
+    for (float& b : bias) b = -0.0f;
+  }
+  Bias(const GemmW4A16& args, const Tile& tile) : Bias() {
+    if (args.bias)
+      for (int c = 0; c < tile.columns; ++c)
+        bias[c] = load(args.bias, args.bias_dtype, tile.column + c);
+  }
+};
+
+template <int kWidth>
+struct FloatKernel {
+  using Args = GemmW4A16;
+  using Epilogue = Bias;
+  static constexpr int64_t kFields = 16 / kWidth, kLine = kLineBytes * 8 / kWidth;  // codes
+  static constexpr int64_t kUnitSteps = kFields, kUnitBytes = kLineBytes;
+  static constexpr int64_t kColumns = 16, kFewRows = 16;
+  static constexpr int64_t kSegmentLines = kSegment / kLine;
+
+  const GemmW4A16& args;
+  const int64_t group, group_lines;  // codes and lines of a group
+  float* scales = nullptr;           // [groups, rounded up to 4; kTileColumns], of this tile
+  float* sums = nullptr;             // [32, kTileColumns], of a segment of a block
+  uint8_t* lines = nullptr;  // unpacked, of few rows: two of [kFields, 16 columns, 64 bytes]
+
+  explicit FloatKernel(const GemmW4A16& a)
+      : args(a), group(group_of(a)), group_lines(ceil_div(group, kLine)) {}
+
+  Dtype out_dtype() const { return Dtype::kBFloat16; }
+  int64_t total_lines() const { return args.groups * group_lines; }
+  int64_t steps() const { return total_lines() * kUnitSteps; }
+  int64_t column_bytes() const { return packed_bytes(args.k, args.bits); }
+  const uint8_t* column(int64_t n) const { return args.w + n * column_bytes(); }
+  int64_t unit_offset(int64_t line) const {
+    return line / group_lines * (group * kWidth / 8) + line % group_lines * kLineBytes;
+  }
+  bool reads_past_columns() const { return group * kWidth / 8 % kLineBytes != 0; }
+
+  // A panel is as many whole segments as are together no longer than the longest one.
+  int64_t segment_lines(int64_t first) const {
+    const int64_t left = group_lines - first % group_lines;
+    return left < kSegmentLines ? left : kSegmentLines;
+  }
+  int64_t most_panel_steps() const {
+    return (total_lines() < kSegmentLines ? total_lines() : kSegmentLines) * kUnitSteps;
+  }
+  int64_t panel_steps(int64_t first_step) const {
+    const int64_t first = first_step / kUnitSteps;
+    int64_t end = first;
+    do end += segment_lines(end);
+    while (end < total_lines() && end + segment_lines(end) - first <= kSegmentLines);
+    return (end - first) * kUnitSteps;
+  }
+
+  static constexpr int64_t kLinesBytes = kFields * kHalf * kRowStep;
+  int64_t extra_bytes() const {
+    return (ceil_div(args.groups, 4) * 4 * kTileColumns + kBlockTotals) * int64_t{sizeof(float)} +
+           2 * kLinesBytes;
+  }
+
+  // ---- rows
+  // --------------------------------------------------------------------------------------
+
+  void prepare(const Tile& tile, const Work& work) {
+    sums = reinterpret_cast<float*>(work.extra);
+    lines = reinterpret_cast<uint8_t*>(sums + kBlockTotals);
+    scales = reinterpret_cast<float*>(lines + 2 * kLinesBytes);
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const uint16_t* const x = static_cast<const uint16_t*>(args.x) + (tile.row + r) * args.k;
+      for (int64_t line = 0; line < total_lines(); ++line) {
+        const int64_t first = line / group_lines * group + line % group_lines * kLine;
+        const int64_t end = (line / group_lines + 1) * group;
+        __m512i parts[kFields];
+        for (int64_t j = 0; j < kFields; ++j) parts[j] = load_some(x, first + j * 32, end);
+        split_fields(parts);
+        for (int64_t j = 0; j < kFields; ++j)
+          if (tile.rows <= kFewRows)
+            store_pairs(parts[j], tile.rows,
+                        work.rows + ((line * kFields + j) * kHalf * tile.rows + r) * 4);
+          else
+            _mm512_storeu_si512(work.row(r) + (line * kFields + j) * work.row_step(), parts[j]);
+      }
+    }
+  }
+
+  // Numbers [first, first + 32) of x, 0 from `end` on.
+  static __m512i load_some(const uint16_t* x, int64_t first, int64_t end) {
+    const int64_t left = end - first;
+    if (left <= 0) return _mm512_setzero_si512();
+    return _mm512_maskz_loadu_epi16(left < 32 ? (1u << left) - 1 : ~0u, x + first);
+  }
+
+  // From kFields vectors of consecutive numbers to those of every field: those whose index is j
+  // modulo kFields, for all j. Evens and odds are told apart as often as kFields has a factor 2.
+  static void split_fields(__m512i (&v)[kFields]) {
+    alignas(64) static constexpr uint16_t kEven[32] = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20,
+                                                       22, 24, 26, 28, 30, 32, 34, 36, 38, 40, 42,
+                                                       44, 46, 48, 50, 52, 54, 56, 58, 60, 62};
+    const __m512i even = _mm512_load_si512(kEven);
+    const __m512i odd = _mm512_add_epi16(even, _mm512_set1_epi16(1));
+    for (int64_t done = 1; done < kFields; done *= 2) {
+      // v[i] holds the numbers that are i % done modulo done, of the (i / done)-th stretch.
+      __m512i next[kFields];
+      for (int64_t i = 0; i < kFields; i += 2 * done)
+        for (int64_t j = 0; j < done; ++j) {
+          const __m512i a = v[i + j], b = v[i + done + j];
+          next[i + j] = _mm512_permutex2var_epi16(a, even, b);
+          next[i + done + j] = _mm512_permutex2var_epi16(a, odd, b);
+        }
+      for (int64_t i = 0; i < kFields; ++i) v[i] = next[i];
+    }
+  }
+
+  // The pairs of one row, to every count-th place.
+  static void store_pairs(__m512i pairs, int64_t count, uint8_t* out) {
+    if (count == 1) return _mm512_storeu_si512(out, pairs);
+    alignas(64) uint32_t pair[kHalf];
+    _mm512_store_si512(pair, pairs);
+    for (int64_t i = 0; i < kHalf; ++i, out += count * 4) __builtin_memcpy(out, pair + i, 4);
+  }
+
+  // ---- columns
+  // -----------------------------------------------------------------------------------
+
+  // Transposes the tile's scales.
+  void start_tile(const Tile& tile) {
+    struct {
+      const GemmW4A16& args;
+      int64_t column_bytes() const { return args.groups * 4; }
+      bool reads_past_columns() const { return args.groups % 4 != 0; }
+      const uint8_t* column(int64_t n) const {
+        return reinterpret_cast<const uint8_t*>(args.w_scale + n * args.groups);
+      }
+    } const source{args};
+    Columns<16> columns;
+    columns.point(source, tile);
+    for (int64_t g = 0; g < args.groups; g += 4)
+      for (int64_t c = 0; c < kTileColumns; c += kHalf) {
+        __m512i quads[4];
+        if (columns.in_memory(g * 4)) {
+          load_quads(columns.at + c, g * 4, quads);
+        } else {
+          const uint8_t* ends[kHalf];
+          for (int64_t l = 0; l < kHalf; ++l) ends[l] = columns.ends[c + l];
+          load_quads(ends, g * 4 - columns.ends_from, quads);
+        }
+        for (int64_t j = 0; j < 4; ++j)
+          _mm512_storeu_si512(scales + (g + j) * kTileColumns + c, quads[j]);
+      }
+  }
+
+  static __m512i codes_of(__m512i words, int field) {
+    return _mm512_permutexvar_epi16(_mm512_srli_epi16(words, static_cast<unsigned>(kWidth * field)),
+                                    _mm512_load_si512(kCodes<kWidth>.values));
+  }
+
+  static void make_unit(const uint8_t* const* columns, int64_t offset, uint8_t* out) {
+    for (int64_t b = 0; b < kLineBytes; b += 16) {
+      __m512i quads[4];
+      load_quads(columns, offset + b, quads);
+      for (int64_t q = 0; q < 4; ++q, out += kQuadBytes)
+        for (int j = 0; j < kFields; ++j)
+          _mm512_storeu_si512(out + j * kPanelStep, codes_of(quads[q], j));
+    }
+  }
+
+  // ---- products
+  // ----------------------------------------------------------------------------------
+
+  template <class Aside>
+  void multiply_block(const Block& block, Aside& aside) {
+    const uint8_t *a = block.rows, *w = block.panel;
+    const bool whole = block.count > kHalf;
+    constexpr int64_t kStride = kTileColumns * 4;
+    float* const below = sums + kHalf * kTileColumns;
+    const int64_t end = (block.first + block.steps) / kUnitSteps;
+    for (int64_t line = block.first / kUnitSteps; line < end;) {
+      const float* const scale = scales + line / group_lines * kTileColumns;
+      const bool add = line > 0;
+      const int64_t count = segment_lines(line);
+      line += count;
+      clear_tile<0>();
+      clear_tile<1>();
+      clear_tile<2>();
+      clear_tile<3>();
+      for (int64_t s = 0; s < count * kUnitSteps; ++s, a += block.row_step, w += kPanelStep) {
+        load_tile<4>(a, kRowStep);
+        load_tile<6>(w, kQuadBytes);
+        load_tile<7>(w + kHalfBytes, kQuadBytes);
+        multiply_bf16<0, 4, 6>();
+        multiply_bf16<1, 4, 7>();
+        if (whole) {
+          load_tile<5>(a + kHalf * kRowStep, kRowStep);
+          multiply_bf16<2, 5, 6>();
+          multiply_bf16<3, 5, 7>();
+        }
+        aside.step();
+      }
+      store_tile<0>(sums, kStride);
+      store_tile<1>(sums + kHalf, kStride);
+      if (whole) {
+        store_tile<2>(below, kStride);
+        store_tile<3>(below + kHalf, kStride);
+      }
+      add_sums(block, scale, add);
+    }
+  }
+
+  void add_sums(const Block& block, const float* scale, bool add) const {
+    float* const totals = static_cast<float*>(block.totals);
+    const __m512 scale0 = _mm512_loadu_ps(scale), scale1 = _mm512_loadu_ps(scale + kHalf);
+    for (int64_t i = 0; i < block.count * kTileColumns; i += kTileColumns) {
+      const __m512 total0 = add ? _mm512_loadu_ps(totals + i) : _mm512_setzero_ps();
+      const __m512 total1 = add ? _mm512_loadu_ps(totals + i + kHalf) : _mm512_setzero_ps();
+      _mm512_storeu_ps(totals + i, _mm512_fmadd_ps(_mm512_loadu_ps(sums + i), scale0, total0));
+      _mm512_storeu_ps(totals + i + kHalf,
+                       _mm512_fmadd_ps(_mm512_loadu_ps(sums + i + kHalf), scale1, total1));
+    }
+  }
+
+  // ---- few rows
+  // ----------------------------------------------------------------------------------
+
+  // Sums, and so totals, are [column][row] here. Tiles 0 and 1 are sums of 16 columns each, 2 and 3
+  // those of the next segment, so that the first need not be waited for; 4 is columns, 6 rows.
+  void multiply_few(const Tile& tile, const Columns<kUnitBytes>& columns, const Work& work) {
+    start_tile(tile);
+    const int64_t width = few_width(args.m);
+    float totals[2][kHalf * kHalf] = {};
+    const float* held[2][2] = {};  // scales of the segments in the tiles
+    // Calls with a tile's number as a constant.
+    const auto with = [](int64_t tile, auto call) __attribute__((always_inline)) {
+      if (tile == 0) call(std::integral_constant<int, 0>());
+      if (tile == 1) call(std::integral_constant<int, 1>());
+      if (tile == 2) call(std::integral_constant<int, 2>());
+      if (tile == 3) call(std::integral_constant<int, 3>());
+    };
+    const auto empty = [&](int64_t turn, int64_t half) {
+      if (held[turn][half] == nullptr) return;
+      with(turn * 2 + half, [&](auto tile) { store_tile<tile>(sums, width * 4); });
+      for (int64_t c = 0; c < kHalf; ++c)
+        for (int64_t r = 0; r < width; ++r) {
+          float& total = totals[half][c * width + r];
+          total = __builtin_fmaf(sums[c * width + r], held[turn][half][c], total);
+        }
+    };
+    const auto multiply_line = [&](int64_t line, int64_t half, int64_t turn) {
+      const uint8_t* const w = lines + half * kLinesBytes;
+      const uint8_t* const x = work.rows + line * kFields * kHalf * tile.rows * 4;
+      with(turn * 2 + half, [&](auto sum) {
+        for (int64_t j = 0; j < kFields; ++j) {
+          load_tile<4>(w + j * kHalf * kRowStep, kRowStep);
+          load_tile<6>(x + j * kHalf * tile.rows * 4, tile.rows * 4);
+          multiply_bf16<sum, 4, 6>();
+        }
+      });
+    };
+
+    int64_t turn = 0;
+    for (int64_t line = 0; line < total_lines(); turn = 1 - turn) {
+      const int64_t first = line, end = line + segment_lines(line);
+      const float* const scale = scales + line / group_lines * kTileColumns;
+      for (int64_t half = 0; half < 2; ++half) {
+        empty(turn, half);
+        with(turn * 2 + half, [](auto tile) { clear_tile<tile>(); });
+        held[turn][half] = scale + half * kHalf;
+      }
+      for (; line < end; ++line) {
+        unpack_line(columns, line, 0);
+        if (line > first) multiply_line(line - 1, 1, turn);
+        unpack_line(columns, line, 1);
+        multiply_line(line, 0, turn);
+      }
+      multiply_line(end - 1, 1, turn);
+    }
+    for (int64_t half = 0; half < 2; ++half) {
+      empty(turn, half);
+      empty(1 - turn, half);
+    }
+    float* const out = reinterpret_cast<float*>(work.totals);
+    for (int64_t r = 0; r < tile.rows; ++r)
+      for (int64_t c = 0; c < kTileColumns; ++c)
+        out[r * kTileColumns + c] = totals[c / kHalf][c % kHalf * width + r];
+  }
+
+  // 16 columns of a line: [field][column][32 codes].
+  void unpack_line(const Columns<kUnitBytes>& columns, int64_t line, int64_t half) {
+    const int64_t offset = unit_offset(line), next = kTileColumns * columns.bytes + offset;
+    const bool in_memory = columns.in_memory(offset);
+    uint8_t* out = lines + half * kLinesBytes;
+    for (int64_t c = half * kHalf; c < (half + 1) * kHalf; ++c, out += kRowStep) {
+      __builtin_prefetch(columns.at[c] + next, 0, 2);
+      const __m512i words = _mm512_loadu_si512(
+          in_memory ? columns.at[c] + offset : columns.ends[c] + offset - columns.ends_from);
+      for (int j = 0; j < kFields; ++j)
+        _mm512_store_si512(out + j * kHalf * kRowStep, codes_of(words, j));
+    }
+  }
+
+  // Columns of a tile of rows, if there are few.
+  static int64_t few_width(int64_t m) { return m < kHalf ? m : kHalf; }
+
+  void finish(const Tile& tile, const Bias& epilogue, int64_t first, int64_t count,
+              const void* totals) {
+    const float* total = static_cast<const float*>(totals);
+    for (int64_t r = first; r < first + count; ++r, total += kTileColumns) {
+      uint16_t* const out =
+          static_cast<uint16_t*>(args.out) + (tile.row + r) * args.n + tile.column;
+      float sum[kTileColumns];
+      for (int c = 0; c < kTileColumns; ++c) sum[c] = total[c] + epilogue.bias[c];
+      if (tile.columns == kTileColumns && narrow_to_bf16(sum, out)) continue;
+      for (int c = 0; c < tile.columns; ++c) out[c] = float_to_bf16(sum[c]);
+    }
+  }
+};
+
+// Whether no number is so small that AMX would take it, or a product, for 0.
+bool all_safe(const uint16_t* x, int64_t count) {
+  __mmask32 unsafe = 0;
+  for (int64_t i = 0; i < count; i += 32) {
+    const __mmask32 there = count - i < 32 ? (1u << (count - i)) - 1 : ~0u;
+    const __m512i size =
+        _mm512_and_si512(_mm512_maskz_loadu_epi16(there, x + i), _mm512_set1_epi16(0x7fff));
+    // 0 < size < kSmallestSafe in one comparison, as 0 - 1 is the largest number.
+    unsafe |= _mm512_cmplt_epu16_mask(_mm512_sub_epi16(size, _mm512_set1_epi16(1)),
+                                      _mm512_set1_epi16(kSmallestSafe - 1));
+  }
+  return unsafe == 0;
+}
+
+template <int kWidth>
+void gemm(const GemmW4A16& args, int64_t begin, int64_t end) {
+  using Kernel = FloatKernel<kWidth>;
+  const Tiling tiles = tiling(args);
+  Kernel kernel(args);
+  const int64_t most_rows = args.m < tiles.block_rows ? args.m : tiles.block_rows;
+  const Work work(kernel.steps(), most_rows, kernel.most_panel_steps(), kernel.extra_bytes());
+  const TileShape rows{kHalf, Kernel::few_width(args.m) * 4};
+  const TileSession session(rows, {kHalf, kRowStep}, rows);
+  gemm_panels(kernel, tiles, work, begin, end);
+}
+
+}  // namespace
+
+void gemm_w4a16_amx(const GemmW4A16& args, int64_t begin, int64_t end) {
+  if (begin >= end) return;
+  const bool suits =
+      args.dtype == Dtype::kBFloat16 && args.k > 0 && group_of(args) * width_of(args) % 8 == 0;
+  const Tile first = tiling(args).at(begin), last = tiling(args).at(end - 1);
+  const uint16_t* const x = static_cast<const uint16_t*>(args.x);
+  const int64_t count = (last.row + last.rows - first.row) * args.k;
+  if (!suits || !all_safe(x + first.row * args.k, count))
+    gemm_w4a16_avx512(args, begin, end);
+  else if (width_of(args) == 4)
+    gemm<4>(args, begin, end);
+  else
+    gemm<2>(args, begin, end);
+}
+
+}  // namespace fq::cpu

@@ -1,0 +1,26 @@
+// The layers of a model bound once, so that an op can run all of them.
+//
+// A plan is a uint8 tensor that holds the structs of ../decoder_stack.h, pointers and all: whoever
+// made it keeps the tensors alive that it was made of (flatquant_cuda/decoder.py does). Making it
+// checks every shape and dtype, so that a call, which may be one token, checks only what is new.
+#pragma once
+
+#include "../decoder_stack.h"
+#include "checks.h"
+
+namespace fq::binding {
+
+struct Plan {
+  const StackLayer* layers;
+  int64_t count;
+  const StackSizes& sizes;
+};
+
+// What lies in a tensor that decoder_plan returned; any other is refused.
+Plan read_plan(const Checks& check, const Tensor& plan);
+
+// Of whole words. What was not made here, or was changed since, is refused before a pointer of it
+// is followed.
+uint64_t digest(const void* data, int64_t bytes);
+
+}  // namespace fq::binding

@@ -1,0 +1,180 @@
+// decoder_stack: all decoder layers of a model as one op. The layers come as a plan
+// (decoder_plan.h).
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstring>
+#include <exception>
+#include <mutex>
+
+#include "decoder_plan.h"
+
+namespace fq::binding {
+namespace {
+
+using MaybeTensor = std::optional<Tensor>;
+
+constexpr int64_t kTensors = 6;    // of a layer's cache: codes, scale, zero of K, then of V
+constexpr int64_t kCacheRow = 64;  // a bound cache is [1 + layers, kCacheRow]
+constexpr uint64_t kMagic = 0x3165686361437146u;
+
+// The first row of a bound cache; a StackCache for every layer follows.
+struct CacheHeader {
+  uint64_t magic, digest;  // of the layers
+  int64_t count, batch, capacity, kv_heads, head_dim;
+  int32_t k_bits, v_bits;
+};
+static_assert(sizeof(CacheHeader) <= kCacheRow && sizeof(StackCache) <= kCacheRow);
+
+int64_t caches_bytes(int64_t count) { return count * static_cast<int64_t>(sizeof(StackCache)); }
+
+// Codes, scale and zero of the keys or the values of a layer.
+void check_side(const Checks& check, const std::string& name, const Tensor* side,
+                const CacheHeader& of, int64_t capacity, int32_t bits) {
+  check.input((name + "codes").c_str(), side[0], ScalarType::Byte,
+              {of.batch, of.kv_heads, capacity, packed_bytes(of.head_dim, bits)});
+  check.input((name + "scale").c_str(), side[1], ScalarType::Float,
+              {of.batch, of.kv_heads, capacity});
+  check.input((name + "zero").c_str(), side[2], ScalarType::Byte,
+              {of.batch, of.kv_heads, capacity});
+}
+
+Tensor decoder_cache(Tensor plan, std::vector<Tensor> tensors) {
+  const Checks check("decoder_cache", "plan", plan);
+  const Plan bound = read_plan(check, plan);
+  const StackSizes& s = bound.sizes;
+  const int64_t given = static_cast<int64_t>(tensors.size());
+  check.require(given == bound.count * kTensors, "tensors has ", given, " entries for ",
+                bound.count, " layers: it must have ", kTensors, " for each");
+  check.shape("layers[0].k_codes", tensors[0], {kAny, kAny, kAny, kAny});
+
+  CacheHeader header{kMagic,     0,        bound.count, tensors[0].size(0), INT64_MAX, s.kv_heads,
+                     s.head_dim, s.k_bits, s.v_bits};
+  Tensor out = torch::stable::new_empty(plan, {1 + bound.count, kCacheRow}, ScalarType::Byte);
+  uint8_t* const data = static_cast<uint8_t*>(out.mutable_data_ptr());
+  std::memset(data, 0, static_cast<size_t>((1 + bound.count) * kCacheRow));
+  for (int64_t i = 0; i < bound.count; ++i) {
+    const Tensor* const t = tensors.data() + i * kTensors;
+    const std::string name = "layers[" + std::to_string(i) + "].";
+    const int64_t capacity = t[0].dim() == 4 ? t[0].size(2) : 0;
+    check_side(check, name + "k_", t, header, capacity, s.k_bits);
+    check_side(check, name + "v_", t + 3, header, capacity, s.v_bits);
+    const StackCache cache{static_cast<uint8_t*>(t[0].mutable_data_ptr()),
+                           static_cast<float*>(t[1].mutable_data_ptr()),
+                           static_cast<uint8_t*>(t[2].mutable_data_ptr()),
+                           static_cast<uint8_t*>(t[3].mutable_data_ptr()),
+                           static_cast<float*>(t[4].mutable_data_ptr()),
+                           static_cast<uint8_t*>(t[5].mutable_data_ptr()),
+                           capacity};
+    std::memcpy(data + kCacheRow + caches_bytes(i), &cache, sizeof cache);
+    header.capacity = std::min(header.capacity, capacity);
+  }
+  header.digest = digest(data + kCacheRow, caches_bytes(bound.count));
+  std::memcpy(data, &header, sizeof header);
+  return out;
+}
+
+// Points args at a bound cache, and sees that it is one for this plan with room for t more tokens.
+void take_cache(const Checks& check, const Tensor& cache, DecoderStack& args) {
+  check.input("cache", cache, ScalarType::Byte, {1 + args.count, kCacheRow});
+  const uint8_t* const data = static_cast<const uint8_t*>(cache.const_data_ptr());
+  const CacheHeader& header = *reinterpret_cast<const CacheHeader*>(data);
+  const StackSizes& s = args.sizes;
+  check.require(reinterpret_cast<uintptr_t>(data) % alignof(CacheHeader) == 0 &&
+                    header.magic == kMagic && header.count == args.count &&
+                    header.kv_heads == s.kv_heads && header.head_dim == s.head_dim &&
+                    header.k_bits == s.k_bits && header.v_bits == s.v_bits &&
+                    header.digest == digest(data + kCacheRow, caches_bytes(args.count)),
+                "cache is not what decoder_cache returned for a plan like this");
+  check.require(header.batch == args.batch, "hidden has ", args.batch, " sequences, cache ",
+                header.batch, ": they must be as many");
+  check.require(args.past <= header.capacity - args.t, "cache holds ", header.capacity,
+                " positions: ", args.past, " and ", args.t, " more do not fit");
+  args.caches = reinterpret_cast<const StackCache*>(data + kCacheRow);
+}
+
+void take_mask(const Checks& check, const Tensor& mask, DecoderStack& args) {
+  check.on_device("mask", mask);
+  check.shape("mask", mask, {kAny, kAny, args.t, args.past + args.t});
+  const bool logical = mask.scalar_type() == ScalarType::Bool;
+  args.mask_kind = logical ? Mask::kBool : Mask::kAdditive;
+  if (!logical) args.mask_dtype = check.floating("mask", mask);
+  args.mask = mask.const_data_ptr();
+  const int64_t most[] = {args.batch, args.sizes.heads, args.t, args.past + args.t};
+  for (int i = 0; i < 4; ++i) {
+    check.require(mask.size(i) == 1 || mask.size(i) == most[i], "mask has shape ",
+                  text(shape_of(mask)), ": it must broadcast to ", args.batch, " sequences and ",
+                  args.sizes.heads, " heads");
+    args.mask_strides[i] = mask.size(i) == 1 ? 0 : mask.stride(i);
+  }
+}
+
+void run(const DecoderStack& args, const Tensor& like) {
+  const int64_t threads = cpu::decoder_stack_threads(args, torch::stable::get_num_threads());
+  const int64_t bytes = cpu::decoder_stack_workspace(args, threads);
+  Tensor memory = torch::stable::new_empty(like, {bytes + 64}, ScalarType::Byte);
+  const uintptr_t first = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr());
+  void* const workspace = reinterpret_cast<void*>((first + 63) / 64 * 64);
+  cpu::decoder_stack_begin(args, threads, workspace);
+
+  std::exception_ptr failure;  // must not leave a thread of the region
+  std::mutex mutex;
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
+    try {
+      cpu::decoder_stack(args, thread, threads, workspace);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      failure = std::current_exception();
+    }
+  });
+  if (failure) std::rethrow_exception(failure);
+}
+
+Tensor decoder_stack(Tensor hidden, Tensor cos, Tensor sin, MaybeTensor mask, Tensor plan,
+                     Tensor cache, int64_t past) {
+  const Checks check("decoder_stack", "hidden", hidden);
+  const Plan bound = read_plan(check, plan);
+  const StackSizes& s = bound.sizes;
+  check.shape("hidden", hidden, {kAny, kAny, s.hidden});
+  check.require(past >= 0, "past is ", past, ": it must not be negative");
+
+  DecoderStack args{};
+  args.layers = bound.layers;
+  args.count = bound.count;
+  args.sizes = s;
+  args.dtype = check.floating("hidden", hidden);
+  args.batch = hidden.size(0);
+  args.t = hidden.size(1);
+  args.past = past;
+  args.cos = check.input("cos", cos, hidden.scalar_type(), {kAny, args.t, s.head_dim});
+  args.cos_batch = cos.size(0);
+  check.require(args.cos_batch == 1 || args.cos_batch == args.batch, "cos has ", args.cos_batch,
+                " rows: it must have 1, or one for each of ", args.batch, " sequences");
+  args.sin = check.input("sin", sin, hidden.scalar_type(), shape_of(cos));
+  take_cache(check, cache, args);
+  if (mask) take_mask(check, *mask, args);
+
+  Tensor out = torch::stable::new_empty(hidden, shape_of(hidden), hidden.scalar_type());
+  if (hidden.numel() == 0) return out;
+  args.hidden = out.mutable_data_ptr();
+  std::memcpy(args.hidden, hidden.const_data_ptr(),
+              static_cast<size_t>(hidden.numel() * size_of(args.dtype)));
+  run(args, hidden);
+  return out;
+}
+
+}  // namespace
+}  // namespace fq::binding
+
+STABLE_TORCH_LIBRARY_FRAGMENT(flatquant_cuda, m) {
+  m.def("decoder_cache(Tensor plan, Tensor[] tensors) -> Tensor");
+  m.def(
+      "decoder_stack(Tensor hidden, Tensor cos, Tensor sin, Tensor? mask, Tensor plan,"
+      " Tensor(a!) cache, int past) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flatquant_cuda, CPU, m) {
+  m.impl("decoder_cache", TORCH_BOX(&fq::binding::decoder_cache));
+  m.impl("decoder_stack", TORCH_BOX(&fq::binding::decoder_stack));
+}
