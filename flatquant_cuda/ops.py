@@ -28,6 +28,16 @@ def _dense(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
+def _inverse_root(x: Tensor) -> float:
+    """``1/sqrt`` of the columns of ``x``; anything if it has none, which the op refuses."""
+    return 1 / math.sqrt(max(x.shape[-1], 1)) if x.dim() else 1.0
+
+
+def _capacity(codes: Tensor) -> int:
+    """Positions of a cache; 0 if it has not four dimensions, which the op refuses."""
+    return codes.shape[-2] if codes.dim() == 4 else 0
+
+
 def _register_fake(op: str, function: Callable[..., object]) -> None:
     """Make ``function`` the shape function of ``op``, if the library is there."""
     if library.loaded:
@@ -286,7 +296,7 @@ def hadamard(x: Tensor, base: Tensor | None = None, *, scale: float | None = Non
     Returns:
         T, the shape of ``x``; float32 inside, rounded once.
     """
-    scale = 1 / math.sqrt(x.shape[-1]) if scale is None else scale
+    scale = _inverse_root(x) if scale is None else scale
     if not library.is_native("hadamard", x):
         return reference.hadamard(x, base, scale=scale)
     result: Tensor = torch.ops.flatquant_cuda.hadamard(x.contiguous(), _dense(base), scale)
@@ -552,7 +562,7 @@ def kv_dequantize(
     Returns:
         out_dtype ``[batch, kv_heads, length, head_dim]``.
     """
-    length = codes.shape[-2] if length is None else length
+    length = _capacity(codes) if length is None else length
     if not library.is_native("kv_dequantize", codes):
         return reference.kv_dequantize(
             codes, scale, zero, bits=bits, head_dim=head_dim, length=length, out_dtype=out_dtype
@@ -619,8 +629,8 @@ def attention_decode(
         T ``[batch, heads, tq, d]``. A query that may attend to nothing gives 0; one that may attend
         to a position whose scale is NaN gives NaN.
     """
-    length = k_codes.shape[-2] if length is None else length
-    scaling = 1 / math.sqrt(q.shape[-1]) if scaling is None else scaling
+    length = _capacity(k_codes) if length is None else length
+    scaling = _inverse_root(q) if scaling is None else scaling
     if not library.is_native("attention_decode", q):
         return reference.attention_decode(
             q,

@@ -8,6 +8,7 @@
 #include <initializer_list>
 #include <new>
 
+#include "rope.h"
 #include "steps.h"
 
 namespace fq::cpu {
@@ -15,6 +16,7 @@ namespace {
 
 constexpr int64_t kSteps = 10;  // of a layer, at most
 constexpr int64_t kPieces = 3;  // of a step, per thread
+constexpr int64_t kFewRows = 32;  // more are prepared for a product once a piece: one a thread
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -81,19 +83,6 @@ struct Arrays {
     return {codes.codes + offset, codes.scale + offset / 4, codes.zero + offset / 4};
   }
 };
-
-// RoPE of one head: x, out are d elements from `from` and `to` on, cos and sin from `angle` on.
-template <Dtype kT>
-void turn(const void* x, int64_t from, const void* cos, const void* sin, int64_t angle, int64_t d,
-          void* out, int64_t to) {
-  const auto at = [&](int64_t i, float rotated) {
-    const float straight = round_to(kT, load(x, kT, from + i) * load(cos, kT, angle + i));
-    store(out, kT, to + i, straight + round_to(kT, rotated * load(sin, kT, angle + i)));
-  };
-  const int64_t half = d / 2;
-  for (int64_t i = 0; i < half; ++i) at(i, -load(x, kT, from + i + half));
-  for (int64_t i = 0; i < half; ++i) at(i + half, load(x, kT, from + i));
-}
 
 struct Product {
   const StackLinear* linear;
@@ -186,7 +175,8 @@ class Walk {
       tiles[count++] = gemm_tiles(op);
     }
     const int64_t all = tiles[0] + tiles[1] + tiles[2];
-    steps_.share(all, piece(all), [&](int64_t begin, int64_t end) {
+    const int64_t size = rows_ > kFewRows ? ceil_div(all, threads_) : piece(all);
+    steps_.share(all, size, [&](int64_t begin, int64_t end) {
       if (!coded) kronecker_quantize(input, 0, rows_);
       coded = true;
       for (int i = 0; i < count; ++i) {
@@ -199,25 +189,16 @@ class Walk {
     });
   }
 
-  struct Row {
-    int64_t source;  // its first element among the rows of a product
-    int64_t angle;   // of its token in cos and sin
-  };
-
-  // Row `row` of [batch, heads, t, head_dim].
-  Row find(int64_t row, int64_t heads) const {
+  // First element of row `row` of [batch, heads, t, head_dim], in [batch, t, heads, head_dim].
+  int64_t by_token(int64_t row, int64_t heads) const {
     const int64_t i = row % args_.t, h = row / args_.t % heads, b = row / args_.t / heads;
-    const int64_t token = b * args_.t + i, d = sizes_.head_dim;
-    return {(token * heads + h) * d, (args_.cos_batch > 1 ? token : i) * d};
+    return ((b * args_.t + i) * heads + h) * sizes_.head_dim;
   }
 
-  void rotate(const void* from, int64_t heads, int64_t row, void* to) const {
-    const Row found = find(row, heads);
-    const int64_t d = sizes_.head_dim;
-    const auto run = args_.dtype == Dtype::kFloat32    ? &turn<Dtype::kFloat32>
-                     : args_.dtype == Dtype::kBFloat16 ? &turn<Dtype::kBFloat16>
-                                                       : &turn<Dtype::kFloat16>;
-    run(from, found.source, args_.cos, args_.sin, found.angle, d, to, row * d);
+  void rotate(const void* x, int64_t heads, void* out, int64_t begin, int64_t end) const {
+    rope({x, args_.cos, args_.sin, out, args_.t, heads, sizes_.head_dim, args_.cos_batch,
+          args_.dtype},
+         begin, end);
   }
 
   // Copies head_dim elements from element `from` of x to element `to` of out.
@@ -240,8 +221,7 @@ class Walk {
   }
 
   void place_queries(const StackLayer& layer, int64_t begin, int64_t end) const {
-    for (int64_t row = begin; row < end; ++row)
-      rotate(arrays_.q, sizes_.heads, row, arrays_.q_heads);
+    rotate(arrays_.q, sizes_.heads, arrays_.q_heads, begin, end);
     if (layer.q_transform == nullptr) return;
     Kronecker op{};
     op.x = arrays_.q_heads;
@@ -258,10 +238,9 @@ class Walk {
   void place_keys(const StackLayer& layer, const StackCache& cache, int64_t begin,
                   int64_t end) const {
     const int64_t d = sizes_.head_dim, heads = sizes_.kv_heads;
-    for (int64_t row = begin; row < end; ++row) {
-      rotate(arrays_.k, heads, row, arrays_.k_heads);
-      if (args_.t > 1) copy(arrays_.v, find(row, heads).source, arrays_.v_heads, row * d);
-    }
+    rotate(arrays_.k, heads, arrays_.k_heads, begin, end);
+    for (int64_t row = begin; row < end && args_.t > 1; ++row)
+      copy(arrays_.v, by_token(row, heads), arrays_.v_heads, row * d);
     KvQuantizeAppend op{};
     op.x = arrays_.k_heads;
     op.transform = layer.k_transform;
@@ -320,7 +299,7 @@ class Walk {
       attention_decode(op, begin, end);
       for (int64_t row = begin; row < end && args_.t > 1; ++row)
         copy(arrays_.attended, row * sizes_.head_dim, arrays_.attended_rows,
-             find(row, sizes_.heads).source);
+             by_token(row, sizes_.heads));
     });
   }
 

@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <cmath>
+#include <limits>
+#include <utility>
 
 #include "checks.h"
 
@@ -35,6 +37,9 @@ std::vector<int64_t> with(std::vector<int64_t> lead, int64_t last) {
 Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
   return torch::stable::new_empty(like, shape, type);
 }
+
+// Whether it is finite as the float32 that the kernels take.
+bool is_float(double number) { return std::abs(number) <= std::numeric_limits<float>::max(); }
 
 const float* clip_of(const Checks& check, const MaybeTensor& clip) {
   if (!clip) return nullptr;
@@ -231,7 +236,7 @@ Prepared<KroneckerQuantize, Quantized> kronecker_quantize(
   p.args.x = x.const_data_ptr();
   p.args.dtype = check.floating("x", x);
   if (gate) p.args.gate = check.input("gate", *gate, x.scalar_type(), shape_of(x));
-  check.require(!rms_eps || (std::isfinite(*rms_eps) && *rms_eps >= 0), "rms_eps is ",
+  check.require(!rms_eps || (is_float(*rms_eps) && *rms_eps >= 0), "rms_eps is ",
                 rms_eps.value_or(0), ": it must be finite and not negative");
   p.args.rms = rms_eps.has_value();
   p.args.rms_eps = static_cast<float>(rms_eps.value_or(0));
@@ -258,6 +263,7 @@ Prepared<Hadamard, Tensor> hadamard(Tensor x, MaybeTensor base, double scale) {
                 "x has ", rows.k, " columns, base is ", p.args.m,
                 ": their quotient must be a power of two");
   p.args.base = factor_of(check, "base", base, ScalarType::Float, &p.args.base_dtype, p.kept);
+  check.require(is_float(scale), "scale is ", scale, ": it must be finite");
   p.args.scale = static_cast<float>(scale);
   p.args.rows = p.units = rows.count;
   p.out = empty(x, shape_of(x), x.scalar_type());
@@ -351,8 +357,10 @@ Prepared<KvQuantizeAppend, Nothing> kv_quantize_append(Tensor x, MaybeTensor tra
   args.capacity = codes.size(2);
   cache_side(check, "", codes, scale, zero, x.size(0), x.size(1), args.capacity, args.head_dim,
              args.bits);
-  check.require(start >= 0 && start + args.t <= args.capacity, "positions ", start, "..",
-                start + args.t, " do not fit: the capacity is ", args.capacity);
+  constexpr int64_t kLast = std::numeric_limits<int64_t>::max();
+  const int64_t stop = start < kLast - args.t ? start + args.t : kLast;
+  check.require(start >= 0 && stop <= args.capacity, "positions ", start, "..", stop,
+                " do not fit: the capacity is ", args.capacity);
   if (transform) {
     check.dense("transform", *transform);
     check.shape("transform", *transform, {args.head_dim, args.head_dim});
@@ -360,6 +368,16 @@ Prepared<KvQuantizeAppend, Nothing> kv_quantize_append(Tensor x, MaybeTensor tra
   args.transform =
       factor_of(check, "transform", transform, x.scalar_type(), &args.transform_dtype, p.kept);
   args.clip = clip_of(check, clip);
+  // The first three are written. x stands in for what is absent.
+  const std::pair<const char*, const Tensor*> all[] = {{"codes", &codes},
+                                                       {"scale", &scale},
+                                                       {"zero", &zero},
+                                                       {"x", &x},
+                                                       {"transform", transform ? &*transform : &x},
+                                                       {"clip", clip ? &*clip : &x}};
+  for (int written = 0; written < 3; ++written)
+    for (int other = written + 1; other < 6; ++other)
+      check.apart(all[written].first, *all[written].second, all[other].first, *all[other].second);
   args.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
   args.scale = static_cast<float*>(scale.mutable_data_ptr());
   args.zero = static_cast<uint8_t*>(zero.mutable_data_ptr());
@@ -378,7 +396,8 @@ Prepared<KvDequantize, Tensor> kv_dequantize(Tensor codes, Tensor scale, Tensor 
   Prepared<KvDequantize, Tensor> p{};
   KvDequantize& args = p.args;
   args.bits = check.bits("bits", bits);
-  check.require(head_dim > 0, "head_dim is ", head_dim, ": it must be at least 1");
+  check.require(0 < head_dim && head_dim <= kMaxGemmK, "head_dim is ", head_dim,
+                ": it must be at least 1, at most ", kMaxGemmK);
   args.head_dim = head_dim;
   args.capacity = codes.size(2);
   args.length = length_of(check, length, args.capacity);
@@ -429,10 +448,11 @@ Prepared<AttentionDecode, Tensor> attention_decode(Tensor q, Tensor k_codes, Ten
   args.v_codes = v.codes;
   args.v_scale = v.scale;
   args.v_zero = v.zero;
-  check.require(std::isfinite(scaling), "scaling is ", scaling, ": it must be finite");
+  check.require(is_float(scaling), "scaling is ", scaling, ": it must be finite");
   args.scaling = static_cast<float>(scaling);
   if (mask) {
     check.on_device("mask", *mask);
+    check.aligned("mask", *mask);
     const std::vector<int64_t> full = {args.batch, args.heads, args.tq, length};
     const int64_t missing = 4 - mask->dim();
     bool fits = missing >= 0;

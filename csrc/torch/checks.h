@@ -89,15 +89,35 @@ class Checks {
     throw std::runtime_error(out.str());
   }
 
-  // The device of the first argument; rows that follow each other without gaps.
+  // The device of the first argument; aligned; rows that follow each other without gaps.
   void dense(const char* name, const Tensor& t) const {
     on_device(name, t);
+    aligned(name, t);
     require(t.is_contiguous(), name, " is not contiguous: it must be");
   }
 
   void on_device(const char* name, const Tensor& t) const {
     require(t.device() == device_, name, " is on another device than ", first_,
             ": they must be on one");
+  }
+
+  // A view of bytes may begin where a C++ pointer to its elements must not point.
+  void aligned(const char* name, const Tensor& t) const {
+    const size_t size = t.element_size();
+    const size_t beyond = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % size;
+    require(beyond == 0, name, " lies ", beyond, " bytes beyond a multiple of ", size,
+            ": it must lie at one, the size of its elements");
+  }
+
+  // For what an op writes: `t` shares no byte with `other`. Both are dense.
+  void apart(const char* name, const Tensor& t, const char* other_name, const Tensor& other) const {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+    const uintptr_t other_begin = reinterpret_cast<uintptr_t>(other.const_data_ptr());
+    const uintptr_t bytes = static_cast<uintptr_t>(t.numel()) * t.element_size();
+    const uintptr_t other_bytes = static_cast<uintptr_t>(other.numel()) * other.element_size();
+    const bool meet = bytes > 0 && other_bytes > 0 && begin < other_begin + other_bytes &&
+                      other_begin < begin + bytes;
+    require(!meet, name, " overlaps ", other_name, " in memory: it is written, so it must not");
   }
 
   void dtype(const char* name, const Tensor& t, ScalarType wanted) const {

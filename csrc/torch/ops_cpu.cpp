@@ -1,12 +1,31 @@
 // The CPU kernels as torch ops: one line per op, and the threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
+#if defined(__unix__)
+#include <pthread.h>
+#endif
 
 #include "../cpu/pick.h"
 #include "args.h"
 
+#if defined(__unix__)
+// Of the OpenMP runtime that torch brought along; null if it has none, or none of OpenMP 5.
+extern "C" __attribute__((weak)) int omp_pause_resource_all(int kind);
+#endif
+
 namespace fq::binding {
 namespace {
+
+#if defined(__unix__)
+// fork copies the calling thread alone. GNU's OpenMP in the child would wait forever for the others
+// of its pool, with any op that shares its work out, torch's own included. So the pool of a thread
+// that is about to fork ends first; the next op on either side starts a new one.
+void end_pool() {
+  constexpr int kHard = 2;  // omp_pause_hard
+  if (omp_pause_resource_all != nullptr) omp_pause_resource_all(kHard);
+}
+[[maybe_unused]] const int watching = pthread_atfork(end_pool, nullptr, nullptr);
+#endif
 
 constexpr int64_t kWorthAThread = 20000;  // in the unit of Prepared::work
 

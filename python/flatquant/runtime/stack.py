@@ -183,8 +183,9 @@ def _mask(
 
 def forward(decoder: Any, *args: Any, **kwargs: Any) -> Any:
     """`forward` of a decoder with a `fast_path`; arguments and result as in transformers."""
-    if not args and not torch.compiler.is_compiling():
-        output = decoder.fast_path.run(decoder, **kwargs)
+    if len(args) <= 1 and not torch.compiler.is_compiling():
+        named = {"input_ids": args[0], **kwargs} if args else kwargs
+        output = decoder.fast_path.run(decoder, **named)
         if output is not None:
             return output
     return type(decoder).forward(decoder, *args, **kwargs)
