@@ -16,7 +16,7 @@ import resource
 import statistics
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +55,16 @@ class Goal:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One model: a method at a scheme with a seed, and what is expected of it by protocol."""
+    """One model: a method at a scheme with a seed, and what is expected of it by protocol.
+
+    head_of names the run of which this is the model with an 8-bit head and embedding.
+    """
 
     name: str
     method: str | None = None
     scheme: str = ""
     seed: int = 0
+    head_of: str = ""
     protocols: tuple[str, ...] = ("quick", "full")
     goals: dict[str, Goal] = field(default_factory=dict)
 
@@ -83,9 +87,15 @@ RUNS = (
     ),
     Run(name="flatquant-W4A4KV4-asym", method="flatquant", scheme="W4A4KV4-asym",
         protocols=("quick",), goals={"quick": Goal(value=43.05)}),
+    Run(name="flatquant-W4A4KV4-seed0-head8", method="flatquant", scheme="W4A4KV4",
+        head_of="flatquant-W4A4KV4-seed0", protocols=("quick",)),
 )  # fmt: skip
 #: The runs whose mean quick perplexity has a goal of its own.
-SEEDS = tuple(run.name for run in RUNS if run.scheme == "W4A4KV4" and run.method == "flatquant")
+SEEDS = tuple(
+    run.name
+    for run in RUNS
+    if run.scheme == "W4A4KV4" and run.method == "flatquant" and not run.head_of
+)
 MEAN_GOAL = Goal(value=46.06)
 
 
@@ -163,13 +173,16 @@ def _model(run: Run, tokens: _Tokens, options: argparse.Namespace) -> tuple[Any,
             text = tokens("valid.txt", tokenizer)
             samples = flatquant.random_crops(text, SAMPLES, SEQLEN, run.seed)
         started = time.monotonic()
-        blocks = options.work_dir / run.name / "blocks"
+        blocks = options.work_dir / (run.head_of or run.name) / "blocks"
         result = flatquant.calibrate(
             model, run.method, run.scheme, samples, epochs=EPOCHS if samples is not None else None,
             seed=run.seed, work_dir=blocks, resume=True,
         )  # fmt: skip
-        if samples is not None:
+        if samples is not None and not run.head_of:
             _record_cost(run, result, time.monotonic() - started)
+        if run.head_of:
+            scheme = replace(result.plan.scheme, head_bits=8)
+            result = replace(result, plan=replace(result.plan, scheme=scheme))
         flatquant.replace_linear(model, transform=result)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
