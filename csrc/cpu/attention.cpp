@@ -11,13 +11,18 @@ namespace {
 
 #include "row_body.h"
 
+#include "kv_unpack.h"
+
 #include "attention_body.h"
+
+#include "attention_products.h"
 
 }  // namespace
 
 void attention_decode(const AttentionDecode& args, int64_t begin, int64_t end) {
 #if defined(__x86_64__)
-  pick(&attention_decode_body, &attention_decode_avx2, &attention_decode_avx512)(args, begin, end);
+  pick(&attention_decode_body, &attention_decode_avx2, &attention_decode_avx512,
+       &attention_decode_amx)(args, begin, end);
 #else
   attention_decode_body(args, begin, end);
 #endif

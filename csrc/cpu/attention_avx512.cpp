@@ -8,7 +8,11 @@ namespace {
 
 #include "row_body.h"
 
+#include "kv_unpack.h"
+
 #include "attention_body.h"
+
+#include "attention_products.h"
 
 }  // namespace
 

@@ -1,256 +1,261 @@
 // attention_decode: out = softmax(q k^T * scaling + mask) v over a quantized KV cache. A body: it
-// is included into the anonymous namespace of one file per instruction set; needs lanes.h,
-// scratch.h and row_body.h before it. All variants give the same bits.
+// is included into the anonymous namespace of one file per instruction set; before it come lanes.h,
+// scratch.h, row_body.h and kv_unpack.h. All variants give the same bits.
 //
-// A block of up to 32 consecutive queries of one cache head goes through the cache together, so
-// that unpacking a tile of codes, (code - zero) as floats, serves them all; the cache is never
-// dequantized anywhere else. Two passes, with the scores [queries, length] in between:
+// The cache is read in chunks of 256 positions, counted from its start. Of one query and chunk:
 //
-//   keys:   16 positions are the lanes, transposed on unpacking
-//           score[j] = (sum_i q[i] (code - zero)[j, i]) * (k_scale[j] * scaling) + mask[j]
-//           code - zero is exact, so nothing cancels as q . codes - zero * sum(q) would
-//   values: the elements are the lanes, in the order of the bytes' fields: all codes in the low
-//   bits
-//           first, then those above them
-//           weight[j] = exp(score[j] - max) * v_scale[j];  sum over j of weight[j] (code - zero)[j,
-//           i]
+//   dot[j]    = sum_i q[i] (code - zero)[j, i]          code - zero is exact, so nothing cancels as
+//   score[j]  = dot[j] * (k_scale[j] * scaling) + mask[j]         q . codes - zero * sum(q) would
+//   max       = max_j score[j]
+//   e[j]      = exp(score[j] - max), 0 below exp(-44)
+//   total     = sum_j e[j]: in 16 lanes, which are then folded in halves
+//   weight[j] = e[j] * v_scale[j]; where T is bfloat16, it is two numbers of that type:
+//               high = round_bf16(weight), low = round_bf16(weight - high)
+//   sum[i]    = sum_j weight[j] (code - zero)[j, i]
 //
-// Sums are made of parts of 16 terms, ascending, that join in turn: more exact than one chain, and
-// the same however queries are grouped. A position that a query may not attend to has score -Inf
-// and weight 0, so a NaN scale there does no harm. Bound: decode, the unpacking; prefill, the fma.
+// A chunk joins those before it, each side times exp(its max - the larger max), and in the end out
+// = sum / total. So scratch memory does not grow with the length, and no bit depends on how queries
+// are grouped or what is left out: a position that a query may not attend to has score -Inf and
+// weight 0, and a chunk of such positions changes nothing. A NaN scale there does no harm.
+//
+// The two sums of products are made of parts of 32 terms: even = fma over the even ones, ascending
+// from 0, odd likewise, sum = sum + (even + odd); with two weights, first high, then low. That is
+// the order of the matrix unit of AMX, whose products of bfloat16 are exact: attention_amx.cpp.
+//
+// A block of consecutive queries of one cache head goes through the cache together, so that
+// unpacking a chunk serves them all, in groups of 16 whose scores stay in the nearest cache.
 
-constexpr int64_t kMostQueries = 32, kLeastQueries = 4;
-constexpr int64_t kScoreBytes = int64_t{1} << 20;  // of scores, so that they stay in the L2 cache
-constexpr int64_t kValueTile = 64;                 // positions of values unpacked at a time
-constexpr int64_t kSumPart = 16;                   // products summed up before they join a total
+constexpr int64_t kMostQueries = 128;  // of a block
+constexpr int64_t kGroup = 16;         // queries
+constexpr int64_t kChunk = 256;        // positions
+constexpr int64_t kSpan = 64;          // positions that are unpacked together
+constexpr int64_t kPart = 32;          // products
 constexpr int64_t kFloatBytes = sizeof(float);
 constexpr float kMinusInfinity = -__builtin_inff();
 
-inline int code_width(int bits) { return bits == 2 ? 2 : bits <= 4 ? 4 : 8; }
+struct Chunk {
+  int64_t first, count;  // positions
+  int64_t slot;          // of the first one in the cache
+};
+
+// The positions of a chunk that some query of a group may attend to, in whole spans.
+struct Reach {
+  int64_t begin, end;
+  bool masked;  // the mask's rows are needed
+};
 
 // The sizes and the working memory of one call.
 struct Workspace {
-  int64_t block;         // queries at a time
-  int64_t score_width;   // length in whole lanes
-  int64_t key_depth;     // head_dim in whole words of key codes
-  int64_t plane;         // bytes of a row of value codes in whole lanes
-  int64_t value_width;   // plane times the codes in a byte
-  float* queries;        // [block, head_dim]
-  float* scores;         // [block, score_width], then the weights
-  float* sums;           // [block, value_width]
-  float* key_tile;       // [key_depth, 16]
-  float* value_tile;     // [kValueTile, value_width]
-  uint8_t* any_allowed;  // [score_width / 16]: may any query of the block attend to one of them?
+  int64_t block;                   // queries at a time
+  int64_t depth;                   // head_dim in whole parts, and so in whole words of key codes
+  int64_t plane;                   // bytes of a row of value codes in whole lanes
+  int64_t value_width;             // plane times the codes in a byte
+  float *max, *total;              // [block], so far
+  float* sums;                     // [block, value_width], so far
+  float* scores;                   // [kGroup, kChunk], then the weights
+  float* mask;                     // [kGroup, kChunk]
+  float* chunk_sums;               // [kGroup, value_width]
+  float *key_scale, *value_scale;  // [kChunk]: times scaling; the NaN of the contract for any NaN
+  uint8_t* rest;                   // what Products asked for
 
-  explicit Workspace(const AttentionDecode& args) {
-    const int k_width = code_width(args.k_bits), v_width = code_width(args.v_bits);
-    const int64_t word = 32 / k_width;
-    score_width = whole_lanes(args.length);
-    const int64_t fit = kScoreBytes / (score_width * kFloatBytes + 1);
-    block = fit > kMostQueries ? kMostQueries : fit < kLeastQueries ? kLeastQueries : fit;
-    key_depth = (args.head_dim + word - 1) / word * word;
-    plane = whole_lanes(packed_bytes(args.head_dim, args.v_bits));
-    value_width = plane * (8 / v_width);
-
-    const int64_t query_size = whole_lanes(block * args.head_dim), score_size = block * score_width;
-    const int64_t sum_size = block * value_width, key_size = key_depth * kLanes;
-    const int64_t value_size = kValueTile * value_width;
-    queries = static_cast<float*>(
-        scratch((query_size + score_size + sum_size + key_size + value_size) * kFloatBytes +
-                score_width / kLanes));
-    scores = queries + query_size;
-    sums = scores + score_size;
-    key_tile = sums + sum_size;
-    value_tile = key_tile + key_size;
-    any_allowed = reinterpret_cast<uint8_t*>(value_tile + value_size);
+  template <class Products>
+  static Workspace make(const AttentionDecode& args, int64_t queries) {
+    Workspace w;
+    const int64_t head = args.heads / args.kv_heads * args.tq;
+    w.block = queries < head ? queries : head;
+    w.block = w.block < kMostQueries ? (w.block + kGroup - 1) / kGroup * kGroup : kMostQueries;
+    w.depth = (args.head_dim + kPart - 1) / kPart * kPart;
+    w.plane = whole_lanes(packed_bytes(args.head_dim, args.v_bits));
+    w.value_width = w.plane * (8 / code_width(args.v_bits));
+    const int64_t floats =
+        w.block * (2 + w.value_width) + kGroup * (2 * kChunk + w.value_width) + 2 * kChunk;
+    w.max = static_cast<float*>(scratch(floats * kFloatBytes + Products::bytes(w)));
+    w.total = w.max + w.block;
+    w.sums = w.total + w.block;
+    w.scores = w.sums + w.block * w.value_width;
+    w.mask = w.scores + kGroup * kChunk;
+    w.chunk_sums = w.mask + kGroup * kChunk;
+    w.key_scale = w.chunk_sums + kGroup * w.value_width;
+    w.value_scale = w.key_scale + kChunk;
+    w.rest = reinterpret_cast<uint8_t*>(w.value_scale + kChunk);
+    return w;
   }
 };
 
-template <int kCount>
-struct Constant {
-  static constexpr int value = kCount;
-};
-
-// Calls f with a constant 8, 4, 2 or 1 and the first index of every group that `count` falls into.
-template <class F>
-inline void in_groups(int64_t count, F f) {
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8) f(Constant<8>(), i);
-  for (; i + 4 <= count; i += 4) f(Constant<4>(), i);
-  for (; i + 2 <= count; i += 2) f(Constant<2>(), i);
-  for (; i < count; ++i) f(Constant<1>(), i);
+// exp(x) for x <= 0, within 2 ulp; 0 below exp(-44) = 2^-63.5, NaN for NaN.
+inline __attribute__((always_inline)) Floats falling_exp(Floats x) {
+  const Floats magic = Floats::splat(12582912.0f);  // as in exponential of contract.h
+  const Floats shifted = fma(x, Floats::splat(1.44269504088896341f), magic);
+  const Floats n = shifted - magic;
+  const Floats r = fma(n, Floats::splat(-0.693147180559945f), x);
+  Floats p = fma(r, Floats::splat(1.381446476e-03f), Floats::splat(8.368780623e-03f));
+  p = fma(p, r, Floats::splat(4.166839426e-02f));
+  p = fma(p, r, Floats::splat(1.666652011e-01f));
+  p = fma(p, r, Floats::splat(4.999999341e-01f));
+  p = fma(p, r, Floats::splat(1.0f));
+  p = fma(p, r, Floats::splat(1.0f));
+  const Floats power = Floats::of(shifted.bits().left<23>() + Bits::splat(bits_of(1.0f)));
+  return where_less(x, Floats::splat(-44.0f), zeros(), p * power);
 }
 
-// What the mask adds to the scores of query u: -Inf where it may not attend.
-inline void mask_row(const AttentionDecode& args, int64_t u, int64_t width, float* out) {
+// Where the mask's row of query u begins.
+inline int64_t mask_offset(const AttentionDecode& args, int64_t u) {
   const int64_t b = u / (args.heads * args.tq), h = u / args.tq % args.heads, i = u % args.tq;
-  const int64_t base =
-      b * args.mask_strides[0] + h * args.mask_strides[1] + i * args.mask_strides[2];
-  const int64_t stride = args.mask_strides[3], length = args.length;
-  const uint8_t* const allowed = static_cast<const uint8_t*>(args.mask) + base;
-  if (args.mask_kind == Mask::kNone)
-    for (int64_t j = 0; j < length; ++j) out[j] = 0.0f;
-  else if (args.mask_kind == Mask::kBool && stride == 1)
-    for (int64_t j = 0; j < length; ++j) out[j] = allowed[j] ? 0.0f : kMinusInfinity;
-  else if (args.mask_kind == Mask::kBool)
-    for (int64_t j = 0; j < length; ++j) out[j] = allowed[j * stride] ? 0.0f : kMinusInfinity;
-  else if (stride == 1)
-    widen_row(args.mask, args.mask_dtype, base, length, out);
-  else
-    for (int64_t j = 0; j < length; ++j)
-      out[j] = load(args.mask, args.mask_dtype, base + j * stride);
-  for (int64_t j = length; j < width; ++j) out[j] = kMinusInfinity;
+  return b * args.mask_strides[0] + h * args.mask_strides[1] + i * args.mask_strides[2];
 }
 
-// May one of the queries attend to one of the 16 positions from `first` on?
-inline bool any_allowed(const Workspace& space, int64_t count, int64_t first) {
-  uint32_t differs[kLanes] = {};  // bits in which a score is not -Inf
-  for (int64_t q = 0; q < count; ++q)
-    for (int l = 0; l < kLanes; ++l)
-      differs[l] |= bits_of(space.scores[q * space.score_width + first + l]) ^ 0xff800000u;
-  uint32_t any = 0;
-  for (int l = 0; l < kLanes; ++l) any |= differs[l];
-  return any != 0;
-}
+// What a group's mask says of a span.
+struct Sight {
+  bool any, all;  // positions that some query, that every query may attend to
+};
 
-// Scores of queries [u, u + count) against all positions.
-inline void score_keys(const AttentionDecode& args, const Workspace& space, int64_t u,
-                       int64_t count, int64_t cache_row) {
-  const int64_t d = args.head_dim, key_bytes = packed_bytes(d, args.k_bits);
-  for (int64_t q = 0; q < count; ++q)
-    mask_row(args, u + q, space.score_width, space.scores + q * space.score_width);
-  for (int64_t first = 0; first < args.length; first += kLanes) {
-    const bool any = any_allowed(space, count, first);
-    space.any_allowed[first / kLanes] = any;
-    if (!any) continue;
-
-    const uint8_t* rows[kLanes];
-    float zero[kLanes], scale[kLanes];
-    for (int64_t l = 0; l < kLanes; ++l) {  // past the last position: that one again, unused
-      const int64_t slot = cache_row + (first + l < args.length ? first + l : args.length - 1);
-      rows[l] = args.k_codes + slot * key_bytes;
-      zero[l] = static_cast<float>(args.k_zero[slot]);
-      scale[l] = args.k_scale[slot] * args.scaling;
-    }
-    unpack_transposed(rows, key_bytes, code_width(args.k_bits), 0u, Floats::load(zero),
-                      space.key_tile);
-
-    in_groups(count, [&](auto group, int64_t q0) __attribute__((always_inline)) {
-      constexpr int kQueries = decltype(group)::value;
-      const float* const queries = space.queries + q0 * d;
-      Floats dots[kQueries];
-      for (int q = 0; q < kQueries; ++q) dots[q] = Floats::splat(0.0f);
-      for (int64_t i0 = 0; i0 < d; i0 += kSumPart) {
-        const int64_t stop = i0 + kSumPart < d ? i0 + kSumPart : d;
-        Floats part[kQueries];
-        for (int q = 0; q < kQueries; ++q) part[q] = Floats::splat(0.0f);
-        for (int64_t i = i0; i < stop; ++i) {
-          const Floats key = Floats::load(space.key_tile + i * kLanes);
-          for (int q = 0; q < kQueries; ++q)
-            part[q] = fma(Floats::splat(queries[q * d + i]), key, part[q]);
-        }
-        for (int q = 0; q < kQueries; ++q) dots[q] = dots[q] + part[q];
-      }
-      for (int q = 0; q < kQueries; ++q) {
-        float* const score = space.scores + (q0 + q) * space.score_width + first;
-        float sum[kLanes];
-        (dots[q] * Floats::load(scale) + Floats::load(score)).store(sum);
-        for (int l = 0; l < kLanes; ++l)
-          score[l] = score[l] == kMinusInfinity ? kMinusInfinity : sum[l];
-      }
-    });
+// rows: of a bool mask, at the first position of the span.
+inline Sight look_at_bools(const uint8_t* const* rows, int64_t count, int64_t stride,
+                           int64_t positions) {
+  static_assert(kSpan == sizeof(uint32_t) * kLanes, "one load");
+  Bits any = Bits::splat(0), all = Bits::splat(0xffffffffu);
+  for (int64_t r = 0; r < count; ++r) {
+    uint8_t part[kSpan];
+    const bool whole = stride == 1 && positions == kSpan;
+    if (!whole)  // past the end the last one again
+      for (int64_t j = 0; j < kSpan; ++j)
+        part[j] = rows[r][(j < positions ? j : positions - 1) * stride];
+    const Bits row = Bits::load(whole ? rows[r] : part);
+    any = any | row;
+    all = all & row;
   }
-}
-
-// The scores of one query become weights exp(score - max) * v_scale; returns the sum of exp(score -
-// max).
-inline float weigh(const AttentionDecode& args, const Workspace& space, float* scores,
-                   int64_t cache_row) {
-  Floats most = Floats::splat(kMinusInfinity);
-  for (int64_t first = 0; first < args.length; first += kLanes)
-    most = larger(Floats::load(scores + first), most);  // without a NaN: it returns as exp(NaN)
-  float highest[kLanes], total[kLanes] = {};
-  most.store(highest);
-  float max = kMinusInfinity;
-  for (int l = 0; l < kLanes; ++l) max = highest[l] > max ? highest[l] : max;
-
-  for (int64_t first = 0; first < args.length; first += kLanes) {
-    if (!space.any_allowed[first / kLanes]) {
-      for (int l = 0; l < kLanes; ++l) scores[first + l] = 0.0f;
-      continue;
-    }
-    float scale[kLanes] = {};
-    const int64_t count = args.length - first < kLanes ? args.length - first : kLanes;
-    for (int64_t l = 0; l < count; ++l) scale[l] = args.v_scale[cache_row + first + l];
-    for (int l = 0; l < kLanes; ++l) {
-      const float score = scores[first + l];
-      const float e = exponential(score - max);
-      const bool allowed = score != kMinusInfinity;
-      total[l] = total[l] + (allowed ? e : 0.0f);
-      scores[first + l] = allowed ? e * scale[l] : 0.0f;
-    }
+  uint64_t bytes[2][kSpan / 8];
+  any.store(bytes[0]);
+  all.store(bytes[1]);
+  uint64_t some = 0, missing = 0;
+  for (int i = 0; i < kSpan / 8; ++i) {
+    constexpr uint64_t kOnes = 0x0101010101010101u;
+    some |= bytes[0][i];
+    missing |= (bytes[1][i] - kOnes) & ~bytes[1][i] & (kOnes << 7);  // bytes that are 0
   }
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int l = 0; l < half; ++l) total[l] = total[l] + total[l + half];
-  return total[0];
+  return {some != 0, missing == 0};
 }
 
-template <int kWidth>
-inline void unpack_value(const uint8_t* bytes, int64_t count, int64_t plane, float zero,
-                         float* out) {
-  constexpr int kMask = (1 << kWidth) - 1;
-  for (int field = 0; field < 8 / kWidth; ++field, out += plane) {
-    for (int64_t b = 0; b < count; ++b)
-      out[b] = static_cast<float>((bytes[b] >> (kWidth * field)) & kMask) - zero;
-    for (int64_t b = count; b < plane; ++b) out[b] = 0.0f;
+// Fills in the rows of an additive mask.
+inline Sight look_at_floats(const AttentionDecode& args, const Workspace& w, const int64_t* offsets,
+                            int64_t rows, int64_t span, int64_t positions) {
+  const int64_t stride = args.mask_strides[3];
+  bool any = false;
+  for (int64_t r = 0; r < rows; ++r) {
+    float* const row = w.mask + r * kChunk + span;
+    if (stride == 1)
+      widen_row(args.mask, args.mask_dtype, offsets[r], positions, row);
+    else
+      for (int64_t j = 0; j < positions; ++j)
+        row[j] = load(args.mask, args.mask_dtype, offsets[r] + j * stride);
+    for (int64_t j = 0; j < positions; ++j) any |= row[j] != kMinusInfinity;
+    for (int64_t j = positions; j < kSpan; ++j) row[j] = 0.0f;
   }
+  return {any, false};
 }
 
-// sums [count, value_width] = weights [count, length] times the values.
-inline void add_values(const AttentionDecode& args, const Workspace& space, int64_t count,
-                       int64_t cache_row) {
-  const int64_t value_bytes = packed_bytes(args.head_dim, args.v_bits), width = space.value_width;
-  for (int64_t i = 0; i < count * width; ++i) space.sums[i] = 0.0f;
-  for (int64_t first = 0; first < args.length; first += kValueTile) {
-    const int64_t positions = args.length - first < kValueTile ? args.length - first : kValueTile;
-    bool any = false;
-    for (int64_t l = 0; l < positions; l += kLanes)
-      any |= space.any_allowed[(first + l) / kLanes] != 0;
-    if (!any) continue;
-
-    for (int64_t j = 0; j < positions; ++j) {
-      const int64_t slot = cache_row + first + j;
-      const uint8_t* const bytes = args.v_codes + slot * value_bytes;
-      const float zero = static_cast<float>(args.v_zero[slot]);
-      float* const out = space.value_tile + j * width;
-      if (args.v_bits == 2)
-        unpack_value<2>(bytes, value_bytes, space.plane, zero, out);
-      else if (args.v_bits <= 4)
-        unpack_value<4>(bytes, value_bytes, space.plane, zero, out);
-      else
-        unpack_value<8>(bytes, value_bytes, space.plane, zero, out);
+// What the mask says of a group in a chunk, whose rows begin at `starts`; fills in the mask's rows
+// if they are needed.
+inline Reach look_at_mask(const AttentionDecode& args, const Workspace& w, const int64_t* starts,
+                          int64_t rows, const Chunk& chunk) {
+  const int64_t count = chunk.count, whole = (count + kSpan - 1) / kSpan * kSpan;
+  if (args.mask_kind == Mask::kNone) return {0, whole, false};
+  const int64_t stride = args.mask_strides[3];
+  const uint8_t* const mask = static_cast<const uint8_t*>(args.mask);
+  const bool logical = args.mask_kind == Mask::kBool;
+  Reach reach{whole, 0, false};
+  for (int64_t span = 0; span < whole; span += kSpan) {
+    const int64_t positions = span + kSpan < count ? kSpan : count - span;
+    int64_t offsets[kGroup];
+    const uint8_t* bools[kGroup];
+    for (int64_t r = 0; r < rows; ++r) {
+      offsets[r] = starts[r] + (chunk.first + span) * stride;
+      bools[r] = mask + offsets[r];
     }
-    in_groups(count, [&](auto group, int64_t q0) __attribute__((always_inline)) {
-      constexpr int kQueries = decltype(group)::value;
-      const float* const weights = space.scores + q0 * space.score_width + first;
-      for (int64_t column = 0; column < width; column += kLanes) {
-        Floats totals[kQueries];
-        for (int q = 0; q < kQueries; ++q)
-          totals[q] = Floats::load(space.sums + (q0 + q) * width + column);
-        for (int64_t j0 = 0; j0 < positions; j0 += kSumPart) {
-          const int64_t stop = j0 + kSumPart < positions ? j0 + kSumPart : positions;
-          Floats part[kQueries];
-          for (int q = 0; q < kQueries; ++q) part[q] = Floats::splat(0.0f);
-          for (int64_t j = j0; j < stop; ++j) {
-            const Floats value = Floats::load(space.value_tile + j * width + column);
-            for (int q = 0; q < kQueries; ++q)
-              part[q] = fma(Floats::splat(weights[q * space.score_width + j]), value, part[q]);
-          }
-          for (int q = 0; q < kQueries; ++q) totals[q] = totals[q] + part[q];
-        }
-        for (int q = 0; q < kQueries; ++q) totals[q].store(space.sums + (q0 + q) * width + column);
-      }
-    });
+    const Sight sight = logical ? look_at_bools(bools, rows, stride, positions)
+                                : look_at_floats(args, w, offsets, rows, span, positions);
+    if (!sight.any) continue;
+    // a span between two others that nobody may attend to has to be masked
+    reach.masked |= !sight.all || (reach.end > 0 && reach.end < span);
+    if (reach.begin > span) reach.begin = span;
+    reach.end = span + kSpan;
+  }
+  if (!logical || !reach.masked) return reach;
+  const int64_t stop = reach.end < count ? reach.end : count;
+  for (int64_t r = 0; r < rows; ++r) {
+    const uint8_t* const allowed = mask + starts[r] + chunk.first * stride;
+    float* const row = w.mask + r * kChunk;
+    if (stride == 1)
+      for (int64_t j = reach.begin; j < stop; ++j) row[j] = allowed[j] ? 0.0f : kMinusInfinity;
+    else
+      for (int64_t j = reach.begin; j < stop; ++j)
+        row[j] = allowed[j * stride] ? 0.0f : kMinusInfinity;
+    for (int64_t j = stop; j < reach.end; ++j) row[j] = 0.0f;
+  }
+  return reach;
+}
+
+struct Weighed {
+  float max, total;
+};
+
+// The dots of one query become weights; put(j, a, b) takes those of 32 positions from j on.
+template <bool kMasked, class Put>
+inline __attribute__((always_inline)) Weighed weigh_row(const Workspace& w, const Reach& reach,
+                                                        int64_t stop, int64_t row, Put put) {
+  float* const scores = w.scores + row * kChunk;
+  const float* const mask = w.mask + row * kChunk;
+  const Floats infinite = Floats::splat(kMinusInfinity);
+  Floats most = infinite;
+  for (int64_t j = reach.begin; j < stop; j += kLanes) {
+    Floats score = Floats::load(scores + j) * Floats::load(w.key_scale + j);
+    if constexpr (kMasked) {
+      const Floats added = Floats::load(mask + j);
+      score = where_equal(added, infinite, infinite, score + added);
+    }
+    score.store(scores + j);
+    most = larger(score, most);  // without a NaN: it returns as exp(NaN)
+  }
+  const float max = most.largest();
+  const Floats top = Floats::splat(max == kMinusInfinity ? 0.0f : max);
+  Floats total = zeros();
+  const auto weight = [&](int64_t j) {
+    const Floats score = Floats::load(scores + j), e = falling_exp(score - top);
+    total = total + e;
+    return where_equal(score, infinite, zeros(), e * Floats::load(w.value_scale + j));
+  };
+  for (int64_t j = reach.begin; j < stop; j += 2 * kLanes) {
+    const Floats first = weight(j);
+    put(j, first, weight(j + kLanes));
+  }
+  return {max, total.sum()};
+}
+
+// Adds a chunk to what query `query` of the block has so far.
+inline void join(const Workspace& w, int64_t query, const Weighed& chunk, const float* sums) {
+  if (chunk.max == kMinusInfinity && chunk.total == 0.0f) return;
+  const float max = w.max[query] > chunk.max ? w.max[query] : chunk.max;
+  const Floats top = Floats::splat(max == kMinusInfinity ? 0.0f : max);
+  const Floats before = falling_exp(Floats::splat(w.max[query]) - top);
+  const Floats now = falling_exp(Floats::splat(chunk.max) - top);
+  float total[kLanes];
+  fma(Floats::splat(w.total[query]), before, Floats::splat(chunk.total) * now).store(total);
+  w.max[query] = max;
+  w.total[query] = total[0];
+  float* const all = w.sums + query * w.value_width;
+  for (int64_t i = 0; i < w.value_width; i += kLanes)
+    fma(Floats::load(all + i), before, Floats::load(sums + i) * now).store(all + i);
+}
+
+inline void load_scales(const AttentionDecode& args, const Workspace& w, const Chunk& chunk) {
+  for (int64_t j = 0; j < chunk.count; ++j) {
+    const float scale = args.v_scale[chunk.slot + j];
+    w.key_scale[j] = args.k_scale[chunk.slot + j] * args.scaling;
+    w.value_scale[j] = scale == scale ? scale : quiet_nan();
+  }
+  for (int64_t j = chunk.count; j < kChunk; ++j) {  // dots there are -Inf
+    w.key_scale[j] = 1.0f;
+    w.value_scale[j] = 0.0f;
   }
 }
 
@@ -263,39 +268,76 @@ inline void interleave(const float* planes, int64_t plane, int64_t d, float* out
   for (int64_t i = whole * kPerByte; i < d; ++i) out[i] = planes[i % kPerByte * plane + whole];
 }
 
-// out = sums / total for query u. Overwrites the first row of the value tile.
-inline void finish(const AttentionDecode& args, const Workspace& space, float* sums, float total,
-                   int64_t u) {
+// out = sums / total for query `query` of the block, which is u of all.
+inline void finish(const AttentionDecode& args, const Workspace& w, int64_t query, int64_t u) {
   const int64_t d = args.head_dim;
-  for (int64_t i = 0; i < space.value_width; ++i) sums[i] = total == 0.0f ? 0.0f : sums[i] / total;
-  float* const row = space.value_tile;
+  const float total = w.total[query];
+  float* const sums = w.sums + query * w.value_width;
+  const Floats divisor = Floats::splat(total == 0.0f ? 1.0f : total);  // the sums are 0 then
+  for (int64_t i = 0; i < w.value_width; i += kLanes)
+    (Floats::load(sums + i) / divisor).store(sums + i);
+  float* const row = w.chunk_sums;
   if (args.v_bits == 2)
-    interleave<4>(sums, space.plane, d, row);
+    interleave<4>(sums, w.plane, d, row);
   else if (args.v_bits <= 4)
-    interleave<2>(sums, space.plane, d, row);
+    interleave<2>(sums, w.plane, d, row);
   else
-    interleave<1>(sums, space.plane, d, row);
+    interleave<1>(sums, w.plane, d, row);
   narrow_row(row, args.dtype, u * d, d, args.out);
 }
 
-inline void attention_decode_body(const AttentionDecode& args, int64_t begin, int64_t end) {
-  const Workspace space(args);
-  const int64_t d = args.head_dim;
-  const int64_t per_cache_head = args.heads / args.kv_heads * args.tq;
-  for (int64_t u = begin; u < end;) {
-    const int64_t cache_head = u / per_cache_head, cache_row = cache_head * args.capacity;
-    int64_t stop = (cache_head + 1) * per_cache_head;
-    stop = stop < end ? stop : end;
-    const int64_t count = stop - u < space.block ? stop - u : space.block;
+// Queries [u, u + count), a block of cache head `head`.
+template <class Products>
+inline void attend(const AttentionDecode& args, const Workspace& w, Products& products, int64_t u,
+                   int64_t count, int64_t head) {
+  products.start(u, count);
+  int64_t starts[kMostQueries];  // of the mask's rows
+  for (int64_t q = 0; q < count; ++q) {
+    starts[q] = mask_offset(args, u + q);
+    w.max[q] = kMinusInfinity;
+    w.total[q] = 0.0f;
+  }
+  for (int64_t i = 0; i < count * w.value_width; ++i) w.sums[i] = 0.0f;
+  for (int64_t first = 0; first < args.length; first += kChunk) {
+    const int64_t left = args.length - first;
+    const Chunk chunk{first, left < kChunk ? left : kChunk, head * args.capacity + first};
+    const int64_t tail = (chunk.count + kPart - 1) / kPart * kPart;
+    bool entered = false;
+    for (int64_t q = 0; q < count; q += kGroup) {
+      const int64_t rows = count - q < kGroup ? count - q : kGroup;
+      const Reach reach = look_at_mask(args, w, starts + q, rows, chunk);
+      if (reach.begin >= reach.end) continue;
+      if (!entered) {
+        load_scales(args, w, chunk);
+        products.enter(chunk);
+        entered = true;
+      }
+      products.score(q, rows, reach);
+      const int64_t stop = reach.end < tail ? reach.end : tail;
+      Weighed weighed[kGroup];
+      for (int64_t r = 0; r < rows; ++r) {
+        float* const dots = w.scores + r * kChunk;
+        for (int64_t j = chunk.count; j < stop; ++j) dots[j] = kMinusInfinity;
+        weighed[r] = products.weigh(reach, stop, r);
+      }
+      products.add(rows, reach);
+      for (int64_t r = 0; r < rows; ++r)
+        join(w, q + r, weighed[r], w.chunk_sums + r * w.value_width);
+    }
+  }
+  for (int64_t q = 0; q < count; ++q) finish(args, w, q, u + q);
+}
 
-    widen_row(args.q, args.dtype, u * d, count * d, space.queries);
-    score_keys(args, space, u, count, cache_row);
-    float totals[kMostQueries];
-    for (int64_t q = 0; q < count; ++q)
-      totals[q] = weigh(args, space, space.scores + q * space.score_width, cache_row);
-    add_values(args, space, count, cache_row);
-    for (int64_t q = 0; q < count; ++q)
-      finish(args, space, space.sums + q * space.value_width, totals[q], u + q);
+// Calls f(u, count, head) for every block of queries in [begin, end).
+template <class F>
+inline void in_blocks(const AttentionDecode& args, const Workspace& w, int64_t begin, int64_t end,
+                      F f) {
+  const int64_t per_head = args.heads / args.kv_heads * args.tq;
+  for (int64_t u = begin; u < end;) {
+    const int64_t head = u / per_head, last = (head + 1) * per_head;
+    const int64_t stop = last < end ? last : end;
+    const int64_t count = stop - u < w.block ? stop - u : w.block;
+    f(u, count, head);
     u += count;
   }
 }

@@ -9,7 +9,8 @@ namespace {
 struct Avx2 {
   static constexpr int64_t kColumns = 8;
   static constexpr int64_t kFewRows = 4;
-  static constexpr int kRows = 4;  // 8 sums, 4 weights and 4 others in 16 registers
+  static constexpr int64_t kPanelSteps = 12;  // 24 KB: most of the L1 cache
+  static constexpr int kRows = 4;             // 8 sums, 4 weights and 4 others in 16 registers
   using Bytes = __m256i;
   using Sums = __m256i;
 

@@ -10,6 +10,7 @@ namespace {
 struct Vnni {
   static constexpr int64_t kColumns = 16;
   static constexpr int64_t kFewRows = 8;
+  static constexpr int64_t kPanelSteps = 12;  // 24 KB: half of the L1 cache
   static constexpr int kRows = 8;  // 16 sums, 4 weights, the activations come from memory
   using Bytes = __m512i;
   using Sums = __m512i;

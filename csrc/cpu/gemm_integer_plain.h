@@ -41,7 +41,6 @@ inline void gemm_plain(const GemmInteger& args, int64_t begin, int64_t end) {
   int16_t* const w = static_cast<int16_t*>(
       scratch((tiles.block_rows + kTileColumns) * padded * static_cast<int64_t>(sizeof(int16_t))));
   int16_t* const a = w + kTileColumns * padded;
-  const FinishRows finish = finisher(args);
 
   int64_t prepared_row = -1;
   for (int64_t t = begin; t < end; ++t) {
@@ -56,7 +55,7 @@ inline void gemm_plain(const GemmInteger& args, int64_t begin, int64_t end) {
     for (int64_t r = 0; r < tile.rows; ++r) {
       int32_t dots[kTileColumns] = {};
       for (int64_t c = 0; c < tile.columns; ++c) dots[c] = dot(a + r * padded, w + c * padded, k);
-      finish(args, tile, columns, {0u, 0u, nullptr}, r, 1, dots);
+      finish_tile_rows(args, tile, columns, {nullptr, 0u}, r, 1, dots);
     }
   }
 }

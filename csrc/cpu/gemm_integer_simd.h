@@ -28,7 +28,6 @@ namespace fq::cpu {
 namespace {
 
 constexpr int64_t kQuads = kRowStep / 4;  // of a step
-constexpr int64_t kMostPanelSteps = 12;   // 24 KB
 
 // ---- products with a panel
 // -----------------------------------------------------------------------
@@ -152,17 +151,13 @@ struct IntegerKernel {
   static constexpr int64_t kColumns = Vector::kColumns, kFewRows = Vector::kFewRows;
 
   const GemmInteger& args;
-  const FinishRows finish_rows;
   Offsets offsets;
   int64_t most;  // steps of a panel
 
   explicit IntegerKernel(const GemmInteger& a)
-      : args(a),
-        finish_rows(finisher(a)),
-        offsets{kWeightBits == 4 ? 8u : 128u, kActivationBits == 8 && a.a_zero ? 128u : 0u,
-                nullptr} {
+      : args(a), offsets{nullptr, kActivationBits == 8 && a.a_zero ? 128u : 0u} {
     // Panels of about the same size; an even number of steps is whole cache lines of a column.
-    const int64_t panels = ceil_div(steps(), kMostPanelSteps);
+    const int64_t panels = ceil_div(steps(), Vector::kPanelSteps);
     most = panels > 1 ? (ceil_div(steps(), panels) + 1) / 2 * 2 : steps();
   }
 
@@ -178,7 +173,7 @@ struct IntegerKernel {
   bool reads_past_columns() const { return column_bytes() % kUnitBytes != 0; }
   void start_tile(const Tile&) {}
 
-  // Codes of the rows, signed, and their sums.
+  // Codes of the rows, signed, and what their sums take off.
   void prepare(const Tile& tile, const Work& work) {
     constexpr int64_t kBytes = kRowStep * kActivationBits / 8;
     const int64_t row_bytes = activation_bytes(args.k, kActivationBits);
@@ -186,8 +181,9 @@ struct IntegerKernel {
     // What makes a code signed; the padding becomes 0 too.
     const int flip = kActivationBits == 4 ? (is_signed ? 8 : 0) : (is_signed ? 0 : 128);
     const int padding = kActivationBits == 4 ? 0 : flip;
-    int32_t* const sums = reinterpret_cast<int32_t*>(work.extra);
-    offsets.row_sums = sums;
+    constexpr uint32_t kWeight = kWeightBits == 4 ? 8 : 128;
+    int32_t* const row_offsets = reinterpret_cast<int32_t*>(work.extra);
+    offsets.rows = row_offsets;
     for (int64_t r = 0; r < tile.rows; ++r) {
       const uint8_t* const a = args.a + (tile.row + r) * row_bytes;
       uint8_t* out = work.row(r);
@@ -202,7 +198,8 @@ struct IntegerKernel {
         }
         sum = Vector::template prepare_step<kActivationBits, kWeightBits>(codes, flip, out, sum);
       }
-      sums[r] = Vector::total(sum);
+      row_offsets[r] =
+          static_cast<int32_t>(0u - kWeight * static_cast<uint32_t>(Vector::total(sum)));
     }
   }
 
@@ -245,7 +242,8 @@ struct IntegerKernel {
 
   void finish(const Tile& tile, const TileColumns& columns, int64_t first, int64_t count,
               const void* totals) {
-    finish_rows(args, tile, columns, offsets, first, count, static_cast<const int32_t*>(totals));
+    finish_tile_rows(args, tile, columns, offsets, first, count,
+                     static_cast<const int32_t*>(totals));
   }
 };
 

@@ -11,6 +11,9 @@
 // 16 rows, or the 16 quads of 16 columns, are a tile of a matrix unit; a vector of the panel holds
 // one quad of 16 columns.
 //
+// Rows that do not all stay in the L2 cache are used a chunk of steps at a time, for a run of
+// several tiles, whose totals stay there meanwhile.
+//
 // While a block is multiplied, a part of the next panel is made and the rows of the previous block
 // are finished: a matrix unit leaves the vector units free for it. Few rows are not worth a panel;
 // a kernel may take their products straight from the weights in memory.
@@ -40,6 +43,7 @@
 
 #include "../ops.h"
 #include "gemm_tiles.h"
+#include "pick.h"
 #include "scratch.h"
 
 namespace fq::cpu {
@@ -56,7 +60,9 @@ constexpr int64_t kBlockTotals = kBlock * kTileColumns;
 // The working memory of one thread. What a kernel needs for itself is `extra`.
 struct Work {
   int64_t steps;
+  int64_t chunk, run;  // steps of a chunk, at most, and tiles of a run
   int64_t group;       // rows that lie together: 32, fewer if there are no more
+  int64_t blocks;      // of a tile, at most
   int64_t slots;       // blocks that totals has room for: one more than may be unfinished
   uint8_t* rows;       // see above
   uint8_t* panels[2];  // the one that is read, and the one that is made
@@ -64,10 +70,14 @@ struct Work {
   uint8_t* extra;
 
   Work(int64_t steps_, int64_t most_rows, int64_t panel_steps, int64_t extra_bytes)
-      : steps(steps_), group(most_rows <= kHalf ? most_rows : kBlock) {
-    const int64_t padded = ceil_div(most_rows, group) * group;
-    slots = panel_steps < steps ? ceil_div(padded, kBlock) + 1 : 2;
-    const int64_t row_bytes = padded * steps * kRowStep, panel_bytes = panel_steps * kPanelStep;
+      : steps(steps_), run(1), group(most_rows <= kHalf ? most_rows : kBlock) {
+    const int64_t padded = ceil_div(most_rows, group) * group, step_bytes = padded * kRowStep;
+    blocks = ceil_div(padded, kBlock);
+    chunk = l2_cache_bytes() / 2 / step_bytes;
+    if (chunk < steps) run = l2_cache_bytes() / 4 / (blocks * kBlockTotals * 4);
+    if (run < 1) run = 1;
+    slots = panel_steps < steps ? run * blocks + 1 : 2;
+    const int64_t row_bytes = step_bytes * steps, panel_bytes = panel_steps * kPanelStep;
     rows = static_cast<uint8_t*>(
         scratch(row_bytes + 2 * panel_bytes + slots * kBlockTotals * 4 + extra_bytes));
     panels[0] = rows + row_bytes;
@@ -175,6 +185,7 @@ struct Aside {
   void start_block(int64_t blocks_left, int64_t steps) {
     parts = ceil_div(maker.parts - maker.part, blocks_left);
     rows_per_step = ceil_div(kBlock, steps);
+    if (rows_per_step < 4) rows_per_step = 4;  // a call has its price
   }
   void step() {
     if (parts > 0) maker.make(1);
@@ -196,9 +207,10 @@ struct Aside {
   }
   void fetch(int64_t most) {
     const int64_t size = size_of(kernel.out_dtype());
+    const bool two_lines = reinterpret_cast<std::uintptr_t>(out) % 64 + kTileColumns * size > 64;
     for (; most > 0 && out_rows > 0; --most, --out_rows, out += kernel.args.n * size) {
       __builtin_prefetch(out, 1);
-      __builtin_prefetch(out + kTileColumns * size - 1, 1);
+      if (two_lines) __builtin_prefetch(out + kTileColumns * size - 1, 1);
     }
   }
 
@@ -220,66 +232,125 @@ struct Aside {
   }
 };
 
+// The order of the work: the panels of a chunk, for every tile of a run, for every chunk. Few rows
+// take no panels: a tile of them is gone through at once.
+template <class Kernel>
+struct Walk {
+  const Kernel* kernel;
+  const Tiling* tiles;
+  const Work* work;
+  int64_t end;                             // of the tiles
+  int64_t run = 0, run_end = 0;            // tiles of the run
+  int64_t chunk = 0, chunk_end = 0;        // steps of the chunk
+  int64_t tile = 0, first = 0, steps = 0;  // where it is: a tile, and a panel of it
+  bool few = false;
+
+  Walk(const Kernel& k, const Tiling& t, const Work& w, int64_t begin, int64_t end_)
+      : kernel(&k), tiles(&t), work(&w), end(end_) {
+    start_run(begin);
+  }
+
+  bool more() const { return run < end; }
+  bool starts_chunk() const { return first == chunk; }
+  bool ends_tile() const { return first + steps == work->steps; }
+
+  void next() {
+    first += steps;
+    if (first < chunk_end) {
+      steps = kernel->panel_steps(first);
+    } else if (tile + 1 < run_end) {
+      ++tile;
+      first = chunk;
+      steps = few ? work->steps : kernel->panel_steps(first);
+    } else if (chunk_end < work->steps) {
+      start_chunk(chunk_end);
+    } else {
+      start_run(run_end);
+    }
+  }
+
+ private:
+  void start_run(int64_t begin) {
+    run = begin;
+    if (!more()) return;
+    const auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
+    run_end = least(run + work->run, least(end, (run / tiles->across + 1) * tiles->across));
+    few = tiles->at(run).rows <= Kernel::kFewRows;
+    start_chunk(0);
+  }
+  void start_chunk(int64_t begin) {
+    tile = run;
+    chunk = first = begin;
+    steps = few ? work->steps : kernel->panel_steps(first);
+    chunk_end = first + steps;
+    while (chunk_end < work->steps) {
+      const int64_t longer = chunk_end + kernel->panel_steps(chunk_end);
+      if (longer - chunk > work->chunk) break;
+      chunk_end = longer;
+    }
+  }
+};
+
 template <class Kernel>
 void gemm_panels(Kernel& kernel, const Tiling& tiles, const Work& work, int64_t begin,
                  int64_t end) {
   Aside<Kernel> aside{kernel, {kernel}};
-  Columns<Kernel::kUnitBytes> columns[2];  // of this tile and of the next one
-  typename Kernel::Epilogue epilogue[2];   // of this tile and of the last one
-  int reading = 0;                         // which panel
-  int64_t slot = 0;                        // of the tile's first block
+  Columns<Kernel::kUnitBytes> columns;
+  typename Kernel::Epilogue epilogue[2];  // of this tile and of the last one
+  int reading = 0;                        // which panel
+  int64_t slot = 0;                       // of the run's first block
 
-  const auto few = [](const Tile& tile) { return tile.rows <= Kernel::kFewRows; };
-  const auto start_panel = [&](int64_t t, int64_t first, int into) {
-    if (first == 0) columns[t % 2].point(kernel, tiles.at(t));
-    aside.maker.start(columns[t % 2], first, kernel.panel_steps(first), work.panels[into]);
+  const auto start_panel = [&](const Walk<Kernel>& at, int into) {
+    if (at.starts_chunk()) columns.point(kernel, tiles.at(at.tile));
+    aside.maker.start(columns, at.first, at.steps, work.panels[into]);
   };
 
   int64_t prepared_row = -1;
-  for (int64_t t = begin; t < end; ++t) {
-    const Tile tile = tiles.at(t);
+  bool is_made = false;  // the panel to be read
+  for (Walk<Kernel> at(kernel, tiles, work, begin, end); at.more();) {
+    const Tile tile = tiles.at(at.tile);
     if (tile.row != prepared_row) {
       aside.finish_block();
       kernel.prepare(tile, work);
       prepared_row = tile.row;
     }
-    epilogue[t % 2] = typename Kernel::Epilogue(kernel.args, tile);
-    if (few(tile)) {
-      columns[t % 2].point(kernel, tile);
-      kernel.multiply_few(tile, columns[t % 2], work);
-      kernel.finish(tile, epilogue[t % 2], 0, tile.rows, work.totals);
+    typename Kernel::Epilogue& of_tile = epilogue[at.tile % 2];
+    if (at.ends_tile()) of_tile = typename Kernel::Epilogue(kernel.args, tile);
+    if (at.few) {
+      columns.point(kernel, tile);
+      kernel.multiply_few(tile, columns, work);
+      kernel.finish(tile, of_tile, 0, tile.rows, work.totals);
+      at.next();
       continue;
     }
-    kernel.start_tile(tile);
-    if (t == begin) {
-      start_panel(t, 0, reading);
+    if (at.starts_chunk()) kernel.start_tile(tile);
+    if (!is_made) {
+      start_panel(at, reading);
       aside.maker.make(aside.maker.parts);
     }
-    for (int64_t first = 0; first < work.steps;) {
-      const int64_t steps = kernel.panel_steps(first), next = first + steps;
-      if (next < work.steps)
-        start_panel(t, next, 1 - reading);
-      else if (t + 1 < end && !few(tiles.at(t + 1)))
-        start_panel(t + 1, 0, 1 - reading);
-      for (int64_t r = 0; r < tile.rows; r += kBlock) {
-        const int64_t count = tile.rows - r < kBlock ? tile.rows - r : kBlock;
-        const Block block{work.row(r) + first * work.row_step(),
-                          work.row_step(),
-                          count,
-                          work.panels[reading],
-                          first,
-                          steps,
-                          work.totals + (slot + r / kBlock) % work.slots * kBlockTotals * 4};
-        aside.start_block(ceil_div(tile.rows - r, kBlock), steps);
-        if (next >= work.steps) aside.expect_rows(tile, r, count);
-        kernel.multiply_block(block, aside);
-        aside.finish_block();
-        if (next >= work.steps) aside.take_rows(tile, epilogue[t % 2], r, count, block.totals);
-      }
-      reading = 1 - reading;
-      first = next;
+    Walk<Kernel> next = at;
+    next.next();
+    is_made = next.more() && !next.few;
+    if (is_made) start_panel(next, 1 - reading);
+    const int64_t first_slot = slot + (at.tile - at.run) * work.blocks;
+    for (int64_t r = 0; r < tile.rows; r += kBlock) {
+      const int64_t count = tile.rows - r < kBlock ? tile.rows - r : kBlock;
+      const Block block{work.row(r) + at.first * work.row_step(),
+                        work.row_step(),
+                        count,
+                        work.panels[reading],
+                        at.first,
+                        at.steps,
+                        work.totals + (first_slot + r / kBlock) % work.slots * kBlockTotals * 4};
+      aside.start_block(ceil_div(tile.rows - r, kBlock), at.steps);
+      if (at.ends_tile()) aside.expect_rows(tile, r, count);
+      kernel.multiply_block(block, aside);
+      aside.finish_block();
+      if (at.ends_tile()) aside.take_rows(tile, of_tile, r, count, block.totals);
     }
-    slot = (slot + ceil_div(tile.rows, kBlock)) % work.slots;
+    reading = 1 - reading;
+    if (next.run != at.run) slot = (slot + (at.run_end - at.run) * work.blocks) % work.slots;
+    at = next;
   }
   aside.finish_block();
 }

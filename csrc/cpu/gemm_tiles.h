@@ -6,8 +6,7 @@
 //   rows 256..  ..
 //
 // A thread works on consecutive tiles: it prepares the rows of a block once and streams the
-// weights. A block holds as many rows as stay in the L2 cache, at most 256. The cut changes no
-// result.
+// weights. A block is at most 512 rows, and 4 MB of them. The cut changes no result.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +17,7 @@ namespace {
 constexpr int64_t kTileColumns = 32;
 constexpr int64_t kMostTileRows = 512;
 constexpr int64_t kTileRowUnit = 32;               // a block is a multiple of it
-constexpr int64_t kBlockBytes = int64_t{1} << 20;  // of prepared rows
+constexpr int64_t kBlockBytes = int64_t{4} << 20;  // of prepared rows
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

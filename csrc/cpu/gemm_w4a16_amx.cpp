@@ -357,12 +357,21 @@ struct FloatKernel {
   void finish(const Tile& tile, const Bias& epilogue, int64_t first, int64_t count,
               const void* totals) {
     const float* total = static_cast<const float*>(totals);
+    const __m512 bias0 = _mm512_loadu_ps(epilogue.bias);
+    const __m512 bias1 = _mm512_loadu_ps(epilogue.bias + kHalf);
     for (int64_t r = first; r < first + count; ++r, total += kTileColumns) {
       uint16_t* const out =
           static_cast<uint16_t*>(args.out) + (tile.row + r) * args.n + tile.column;
+      const __m512 sum0 = _mm512_add_ps(_mm512_loadu_ps(total), bias0);
+      const __m512 sum1 = _mm512_add_ps(_mm512_loadu_ps(total + kHalf), bias1);
+      __m512i both;
+      if (tile.columns == kTileColumns && round_to_bf16(sum0, sum1, both)) {
+        _mm512_storeu_si512(out, both);
+        continue;
+      }
       float sum[kTileColumns];
-      for (int c = 0; c < kTileColumns; ++c) sum[c] = total[c] + epilogue.bias[c];
-      if (tile.columns == kTileColumns && narrow_to_bf16(sum, out)) continue;
+      _mm512_storeu_ps(sum, sum0);
+      _mm512_storeu_ps(sum + kHalf, sum1);
       for (int c = 0; c < tile.columns; ++c) out[c] = float_to_bf16(sum[c]);
     }
   }

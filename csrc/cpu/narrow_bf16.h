@@ -1,32 +1,39 @@
-// One row of a tile, rounded to bfloat16.
+// bfloat16 in vectors. The instruction that rounds two vectors of float to one of bfloat16 takes
+// subnormal numbers for 0 and keeps the payload of a NaN: where there is either, round_to_bf16 does
+// nothing and returns false.
 #pragma once
 
 #include "gemm_tiles.h"
 
 #if defined(__AVX512BF16__)
+// GCC 12 takes its own _mm512_undefined_* for an uninitialized variable (its bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 #endif
 
 namespace fq::cpu {
 namespace {
 
-// Rounds a row of a whole tile to bfloat16 in one instruction, which however takes subnormal
-// numbers for 0 and keeps the payload of a NaN; false, and nothing done, if there is either.
-inline bool narrow_to_bf16(const float* out, void* row) {
+static_assert(kTileColumns == 32, "two vectors of float, one of bfloat16");
+
 #if defined(__AVX512BF16__)
-  static_assert(kTileColumns == 32, "two vectors of float, one of bfloat16");
+
+inline bool round_to_bf16(__m512 a, __m512 b, __m512i& both) {
   constexpr int kSubnormalOrNan = 0xa1;
-  const __m512 a = _mm512_loadu_ps(out), b = _mm512_loadu_ps(out + 16);
   if (_mm512_fpclass_ps_mask(a, kSubnormalOrNan) | _mm512_fpclass_ps_mask(b, kSubnormalOrNan))
     return false;
-  const __m512bh both = _mm512_cvtne2ps_pbh(b, a);
-  __builtin_memcpy(row, &both, sizeof both);
+  both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a));
   return true;
-#else
-  static_cast<void>(out), static_cast<void>(row);
-  return false;
-#endif
 }
+
+// Half 0 or 1 of a vector of bfloat16.
+template <int kIndex>
+inline __m512 widen_bf16(__m512i both) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, kIndex));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+#endif
 
 }  // namespace
 }  // namespace fq::cpu

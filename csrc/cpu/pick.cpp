@@ -6,10 +6,12 @@
 #include <cstring>
 #include <initializer_list>
 
+#if defined(__linux__)
+#include <unistd.h>
+#endif
 #if defined(__x86_64__) && defined(__linux__)
 #include <cpuid.h>
 #include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 namespace fq::cpu {
@@ -55,6 +57,15 @@ std::atomic<Isa>& current() {
   return isa;
 }
 
+int64_t machine_l2_cache_bytes() {
+  constexpr int64_t kGuess = int64_t{1} << 20, kLeast = int64_t{1} << 18, kMost = int64_t{1} << 22;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (bytes >= kLeast) return bytes < kMost ? bytes : kMost;
+#endif
+  return kGuess;
+}
+
 }  // namespace
 
 Isa isa() { return current().load(std::memory_order_relaxed); }
@@ -64,6 +75,11 @@ const char* isa_name(Isa isa) {
          : isa == Isa::kAvx512 ? "avx512"
          : isa == Isa::kAvx2   ? "avx2"
                                : "portable";
+}
+
+int64_t l2_cache_bytes() {
+  static const int64_t bytes = machine_l2_cache_bytes();
+  return bytes;
 }
 
 Isa force_isa(Isa isa) {

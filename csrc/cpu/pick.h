@@ -1,5 +1,6 @@
 // Which instruction set a CPU kernel runs on: the best one this machine has (and its operating
-// system has enabled), or a lower one named by FLATQUANT_CPU_ISA = portable | avx2 | avx512.
+// system has enabled), or a lower one named by FLATQUANT_CPU_ISA = portable | avx2 | avx512 |
+// amx.
 // Results are the same on all of them, bit for bit; only the time differs.
 //
 // A kernel has one table entry per variant, for example
@@ -16,10 +17,13 @@ enum class Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
 
 // avx2 means AVX2 + FMA; avx512 means F, BW, DQ, VL and VNNI.
 Isa isa();  // what kernels run on now: read once from the machine and the environment
-const char* isa_name(Isa isa);  // "portable", "avx2", "avx512"
+const char* isa_name(Isa isa);  // "portable", "avx2", "avx512", "amx"
 
 // Lowers the choice for tests (never raises it above the machine's); returns what is now in force.
 Isa force_isa(Isa isa);
+
+// Bytes of the level 2 cache of a core; a guess if the system does not tell.
+int64_t l2_cache_bytes();
 
 template <class Kernel>
 Kernel pick(Kernel portable, Kernel avx2, Kernel avx512, Kernel amx = nullptr) {
