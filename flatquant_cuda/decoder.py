@@ -20,7 +20,7 @@ from torch import Tensor
 from . import library
 
 _PLAN_ROW = 1024  # csrc/torch/decoder_plan.cpp: a plan is uint8 [1 + layers, _PLAN_ROW]
-_CACHE_ROW = 64  # csrc/torch/decoder_stack.cpp: a bound cache is uint8 [1 + layers, _CACHE_ROW]
+_CACHE_ROW = 128  # csrc/torch/decoder_stack.cpp: a bound cache is uint8 [1 + layers, _CACHE_ROW]
 
 
 @dataclass(frozen=True, kw_only=True)

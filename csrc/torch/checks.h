@@ -142,6 +142,13 @@ class Checks {
     return t.const_data_ptr();
   }
 
+  // The same for what is read by the host, whatever the device of the first argument.
+  const void* host_input(const char* name, const Tensor& t, ScalarType type,
+                         const std::vector<int64_t>& wanted) const {
+    require(t.is_cpu(), name, " is not in the memory of the host: it must be");
+    return Checks(op_, name, t).input(name, t, type, wanted);
+  }
+
   Dtype floating(const char* name, ScalarType type) const {
     const std::optional<Dtype> found = float_type(type);
     require(found.has_value(), name, " is ", name_of(type),

@@ -19,6 +19,7 @@ constexpr uint64_t kMagic = 0x31766e616c507146u;
 struct Header {
   uint64_t magic, digest;  // of the layers, which begin at the second row
   int64_t count;
+  int32_t on_cuda, device;  // where the layers are
   StackSizes sizes;
 };
 static_assert(sizeof(Header) <= kPlanRow && sizeof(StackLayer) <= kPlanRow);
@@ -179,7 +180,7 @@ Tensor decoder_plan(std::vector<Tensor> tensors, std::vector<int64_t> sizes,
                 numbers.size(), " entries: it must have 1, and 2 for each layer");
   const StackSizes s = sizes_of(check, sizes, numbers[0]);
 
-  Tensor plan = torch::stable::new_empty(tensors[0], {1 + count, kPlanRow}, ScalarType::Byte);
+  Tensor plan = host_bytes(tensors[0], 1 + count, kPlanRow);
   uint8_t* const data = static_cast<uint8_t*>(plan.mutable_data_ptr());
   std::memset(data, 0, static_cast<size_t>((1 + count) * kPlanRow));
   for (int64_t i = 0; i < count; ++i) {
@@ -192,12 +193,22 @@ Tensor decoder_plan(std::vector<Tensor> tensors, std::vector<int64_t> sizes,
     }
     std::memcpy(data + kPlanRow + i * static_cast<int64_t>(sizeof layer), &layer, sizeof layer);
   }
-  const Header header{kMagic, digest(data + kPlanRow, layers_bytes(count)), count, s};
+  const Header header{kMagic,
+                      digest(data + kPlanRow, layers_bytes(count)),
+                      count,
+                      tensors[0].is_cuda(),
+                      tensors[0].get_device_index(),
+                      s};
   std::memcpy(data, &header, sizeof header);
   return plan;
 }
 
 }  // namespace
+
+Tensor host_bytes(const Tensor& like, int64_t rows, int64_t row_bytes) {
+  const torch::stable::Device host(torch::headeronly::DeviceType::CPU);
+  return torch::stable::new_empty(like, {rows, row_bytes}, ScalarType::Byte, std::nullopt, host);
+}
 
 // FNV-1a by words, in four lanes that overlap.
 uint64_t digest(const void* data, int64_t bytes) {
@@ -212,8 +223,8 @@ uint64_t digest(const void* data, int64_t bytes) {
   return lanes[0];
 }
 
-Plan read_plan(const Checks& check, const Tensor& plan) {
-  check.input("plan", plan, ScalarType::Byte, {kAny, kPlanRow});
+Plan read_plan(const Checks& check, const Tensor& plan, const Tensor& first) {
+  check.host_input("plan", plan, ScalarType::Byte, {kAny, kPlanRow});
   const uint8_t* const data = static_cast<const uint8_t*>(plan.const_data_ptr());
   const Header& header = *reinterpret_cast<const Header*>(data);
   const int64_t count = plan.size(0) - 1;
@@ -221,6 +232,8 @@ Plan read_plan(const Checks& check, const Tensor& plan) {
                     header.magic == kMagic && header.count == count &&
                     header.digest == digest(data + kPlanRow, layers_bytes(count)),
                 "plan is not what decoder_plan returned");
+  check.require(header.on_cuda == first.is_cuda() && header.device == first.get_device_index(),
+                "the layers of plan are on another device: they must be on one with the rest");
   return {reinterpret_cast<const StackLayer*>(data + kPlanRow), count, header.sizes};
 }
 
@@ -231,5 +244,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flatquant_cuda, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flatquant_cuda, CPU, m) {
+  m.impl("decoder_plan", TORCH_BOX(&fq::binding::decoder_plan));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flatquant_cuda, CUDA, m) {
   m.impl("decoder_plan", TORCH_BOX(&fq::binding::decoder_plan));
 }

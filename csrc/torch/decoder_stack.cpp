@@ -13,17 +13,15 @@
 namespace fq::binding {
 namespace {
 
-using MaybeTensor = std::optional<Tensor>;
-
-constexpr int64_t kTensors = 6;    // of a layer's cache: codes, scale, zero of K, then of V
-constexpr int64_t kCacheRow = 64;  // a bound cache is [1 + layers, kCacheRow]
+constexpr int64_t kTensors = 6;     // of a layer's cache: codes, scale, zero of K, then of V
+constexpr int64_t kCacheRow = 128;  // a bound cache is [1 + layers, kCacheRow]
 constexpr uint64_t kMagic = 0x3165686361437146u;
 
 // The first row of a bound cache; a StackCache for every layer follows.
 struct CacheHeader {
   uint64_t magic, digest;  // of the layers
   int64_t count, batch, capacity, kv_heads, head_dim;
-  int32_t k_bits, v_bits;
+  int32_t k_bits, v_bits, on_cuda, device;
 };
 static_assert(sizeof(CacheHeader) <= kCacheRow && sizeof(StackCache) <= kCacheRow);
 
@@ -41,17 +39,28 @@ void check_side(const Checks& check, const std::string& name, const Tensor* side
 }
 
 Tensor decoder_cache(Tensor plan, std::vector<Tensor> tensors) {
-  const Checks check("decoder_cache", "plan", plan);
-  const Plan bound = read_plan(check, plan);
+  if (tensors.empty())
+    throw std::runtime_error("decoder_cache: tensors is empty: a plan has a layer or more");
+  const Checks check("decoder_cache", "layers[0].k_codes", tensors[0]);
+  const Plan bound = read_plan(check, plan, tensors[0]);
   const StackSizes& s = bound.sizes;
   const int64_t given = static_cast<int64_t>(tensors.size());
   check.require(given == bound.count * kTensors, "tensors has ", given, " entries for ",
                 bound.count, " layers: it must have ", kTensors, " for each");
   check.shape("layers[0].k_codes", tensors[0], {kAny, kAny, kAny, kAny});
 
-  CacheHeader header{kMagic,     0,        bound.count, tensors[0].size(0), INT64_MAX, s.kv_heads,
-                     s.head_dim, s.k_bits, s.v_bits};
-  Tensor out = torch::stable::new_empty(plan, {1 + bound.count, kCacheRow}, ScalarType::Byte);
+  CacheHeader header{kMagic,
+                     0,
+                     bound.count,
+                     tensors[0].size(0),
+                     INT64_MAX,
+                     s.kv_heads,
+                     s.head_dim,
+                     s.k_bits,
+                     s.v_bits,
+                     tensors[0].is_cuda(),
+                     tensors[0].get_device_index()};
+  Tensor out = host_bytes(plan, 1 + bound.count, kCacheRow);
   uint8_t* const data = static_cast<uint8_t*>(out.mutable_data_ptr());
   std::memset(data, 0, static_cast<size_t>((1 + bound.count) * kCacheRow));
   for (int64_t i = 0; i < bound.count; ++i) {
@@ -70,14 +79,15 @@ Tensor decoder_cache(Tensor plan, std::vector<Tensor> tensors) {
     std::memcpy(data + kCacheRow + caches_bytes(i), &cache, sizeof cache);
     header.capacity = std::min(header.capacity, capacity);
   }
-  header.digest = digest(data + kCacheRow, caches_bytes(bound.count));
+  header.digest = digest(data + kCacheRow, bound.count * kCacheRow);
   std::memcpy(data, &header, sizeof header);
   return out;
 }
 
 // Points args at a bound cache, and sees that it is one for this plan with room for t more tokens.
-void take_cache(const Checks& check, const Tensor& cache, DecoderStack& args) {
-  check.input("cache", cache, ScalarType::Byte, {1 + args.count, kCacheRow});
+void take_cache(const Checks& check, const Tensor& cache, const Tensor& hidden,
+                DecoderStack& args) {
+  check.host_input("cache", cache, ScalarType::Byte, {1 + args.count, kCacheRow});
   const uint8_t* const data = static_cast<const uint8_t*>(cache.const_data_ptr());
   const CacheHeader& header = *reinterpret_cast<const CacheHeader*>(data);
   const StackSizes& s = args.sizes;
@@ -85,8 +95,10 @@ void take_cache(const Checks& check, const Tensor& cache, DecoderStack& args) {
                     header.magic == kMagic && header.count == args.count &&
                     header.kv_heads == s.kv_heads && header.head_dim == s.head_dim &&
                     header.k_bits == s.k_bits && header.v_bits == s.v_bits &&
-                    header.digest == digest(data + kCacheRow, caches_bytes(args.count)),
+                    header.digest == digest(data + kCacheRow, args.count * kCacheRow),
                 "cache is not what decoder_cache returned for a plan like this");
+  check.require(header.on_cuda == hidden.is_cuda() && header.device == hidden.get_device_index(),
+                "the memory of cache is on another device than hidden: they must be on one");
   check.require(header.batch == args.batch, "hidden has ", args.batch, " sequences, cache ",
                 header.batch, ": they must be as many");
   check.require(args.past <= header.capacity - args.t, "cache holds ", header.capacity,
@@ -110,31 +122,13 @@ void take_mask(const Checks& check, const Tensor& mask, DecoderStack& args) {
   }
 }
 
-void run(const DecoderStack& args, const Tensor& like) {
-  const int64_t threads = cpu::decoder_stack_threads(args, torch::stable::get_num_threads());
-  const int64_t bytes = cpu::decoder_stack_workspace(args, threads);
-  Tensor memory = torch::stable::new_empty(like, {bytes + 64}, ScalarType::Byte);
-  const uintptr_t first = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr());
-  void* const workspace = reinterpret_cast<void*>((first + 63) / 64 * 64);
-  cpu::decoder_stack_begin(args, threads, workspace);
+}  // namespace
 
-  std::exception_ptr failure;  // must not leave a thread of the region
-  std::mutex mutex;
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
-    try {
-      cpu::decoder_stack(args, thread, threads, workspace);
-    } catch (...) {
-      const std::lock_guard<std::mutex> lock(mutex);
-      failure = std::current_exception();
-    }
-  });
-  if (failure) std::rethrow_exception(failure);
-}
-
-Tensor decoder_stack(Tensor hidden, Tensor cos, Tensor sin, MaybeTensor mask, Tensor plan,
-                     Tensor cache, int64_t past) {
+Prepared<DecoderStack, Tensor> decoder_stack(Tensor hidden, Tensor cos, Tensor sin,
+                                             MaybeTensor mask, Tensor plan, Tensor cache,
+                                             int64_t past) {
   const Checks check("decoder_stack", "hidden", hidden);
-  const Plan bound = read_plan(check, plan);
+  const Plan bound = read_plan(check, plan, hidden);
   const StackSizes& s = bound.sizes;
   check.shape("hidden", hidden, {kAny, kAny, s.hidden});
   check.require(past >= 0, "past is ", past, ": it must not be negative");
@@ -152,16 +146,43 @@ Tensor decoder_stack(Tensor hidden, Tensor cos, Tensor sin, MaybeTensor mask, Te
   check.require(args.cos_batch == 1 || args.cos_batch == args.batch, "cos has ", args.cos_batch,
                 " rows: it must have 1, or one for each of ", args.batch, " sequences");
   args.sin = check.input("sin", sin, hidden.scalar_type(), shape_of(cos));
-  take_cache(check, cache, args);
+  take_cache(check, cache, hidden, args);
   if (mask) take_mask(check, *mask, args);
 
-  Tensor out = torch::stable::new_empty(hidden, shape_of(hidden), hidden.scalar_type());
-  if (hidden.numel() == 0) return out;
+  Tensor out = torch::stable::clone(hidden);
   args.hidden = out.mutable_data_ptr();
-  std::memcpy(args.hidden, hidden.const_data_ptr(),
-              static_cast<size_t>(hidden.numel() * size_of(args.dtype)));
-  run(args, hidden);
-  return out;
+  const int64_t rows = hidden.numel() == 0 ? 0 : args.batch * args.t;
+  return {args, std::move(out), rows, 0, {}};
+}
+
+namespace {
+
+// On the CPU.
+Tensor run(Tensor hidden, Tensor cos, Tensor sin, MaybeTensor mask, Tensor plan, Tensor cache,
+           int64_t past) {
+  Prepared<DecoderStack, Tensor> prepared =
+      decoder_stack(hidden, cos, sin, mask, plan, cache, past);
+  if (prepared.units == 0) return prepared.out;
+  const DecoderStack& args = prepared.args;
+  const int64_t threads = cpu::decoder_stack_threads(args, torch::stable::get_num_threads());
+  const int64_t bytes = cpu::decoder_stack_workspace(args, threads);
+  Tensor memory = torch::stable::new_empty(hidden, {bytes + 64}, ScalarType::Byte);
+  const uintptr_t first = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr());
+  void* const workspace = reinterpret_cast<void*>((first + 63) / 64 * 64);
+  cpu::decoder_stack_begin(args, threads, workspace);
+
+  std::exception_ptr failure;  // must not leave a thread of the region
+  std::mutex mutex;
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
+    try {
+      cpu::decoder_stack(args, thread, threads, workspace);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      failure = std::current_exception();
+    }
+  });
+  if (failure) std::rethrow_exception(failure);
+  return prepared.out;
 }
 
 }  // namespace
@@ -176,5 +197,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flatquant_cuda, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(flatquant_cuda, CPU, m) {
   m.impl("decoder_cache", TORCH_BOX(&fq::binding::decoder_cache));
-  m.impl("decoder_stack", TORCH_BOX(&fq::binding::decoder_stack));
+  m.impl("decoder_stack", TORCH_BOX(&fq::binding::run));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flatquant_cuda, CUDA, m) {
+  m.impl("decoder_cache", TORCH_BOX(&fq::binding::decoder_cache));
 }
