@@ -3,7 +3,7 @@
 :class:`DecoderPlan` binds the tensors of all layers once. A call then runs norms, transforms,
 products, RoPE, the cache and attention of every layer in a single parallel region, by the kernels
 and in the order of the ops in :mod:`flatquant_cuda.ops`, so the result has the same bits. There is
-no reference here and no CUDA kernel: :func:`available` says whether a plan can be made.
+no reference here: :func:`available` says whether a plan can be made for a device.
 
 T is the dtype of the hidden states: float32, bfloat16 or float16.
 """
@@ -147,7 +147,7 @@ class DecoderPlan:
     assigned in their place: then make a new one. It cannot be copied.
 
     Args:
-        layers: the layers, in order; their tensors are on the CPU and contiguous.
+        layers: the layers, in order; their tensors are on one device and contiguous.
         sizes: what they have in common.
         scaling: factor on the scores of attention.
 
@@ -157,11 +157,14 @@ class DecoderPlan:
     """
 
     def __init__(self, layers: Sequence[Layer], sizes: Sizes, scaling: float) -> None:
-        if not available():
-            raise RuntimeError("decoder_plan: flatquant_cuda has no native decoder_stack here")
         if not layers:
             raise RuntimeError("decoder_plan: layers is empty: it must have one or more")
-        absent = torch.empty(0)
+        device = layers[0].q.weight.device
+        if not available(device.type):
+            raise RuntimeError(
+                f"decoder_plan: flatquant_cuda has no native decoder_stack on {device}"
+            )
+        absent = torch.empty(0, device=device)
         # detached: assigning to `tensor.data` leaves the memory that was bound in place
         self._tensors = [
             absent if tensor is None else tensor.detach()
@@ -232,13 +235,18 @@ class DecoderPlan:
         raise TypeError("a DecoderPlan is bound to memory: it cannot be copied or pickled")
 
 
-def available() -> bool:
-    """Whether the native library is loaded and has the op."""
-    return library.loaded and hasattr(torch.ops.flatquant_cuda, "decoder_stack")
+def available(device: str = "cpu") -> bool:
+    """Whether the native library is loaded and has the op for a type of device."""
+    return device in _DEVICES
+
+
+def _host_of(tensor: Tensor) -> str:
+    """Where a plan for a tensor lies; a device without memory stays what it is."""
+    return "meta" if tensor.device.type == "meta" else "cpu"
 
 
 def _fake_decoder_plan(tensors: Sequence[Tensor], sizes: list[int], numbers: list[float]) -> Tensor:
-    return tensors[0].new_empty((1 + sizes[0], _PLAN_ROW), dtype=torch.uint8)
+    return torch.empty((1 + sizes[0], _PLAN_ROW), dtype=torch.uint8, device=_host_of(tensors[0]))
 
 
 def _fake_decoder_cache(plan: Tensor, tensors: Sequence[Tensor]) -> Tensor:
@@ -257,7 +265,15 @@ def _fake_decoder_stack(
     return torch.empty_like(hidden)
 
 
-if available():
+def _devices() -> frozenset[str]:
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    keys = {"cpu": "CPU", "cuda": "CUDA"} if library.loaded else {}
+    return frozenset(d for d, k in keys.items() if has_kernel("flatquant_cuda::decoder_stack", k))
+
+
+_DEVICES = _devices()
+
+if library.loaded:
     torch.library.register_fake("flatquant_cuda::decoder_plan")(_fake_decoder_plan)
     torch.library.register_fake("flatquant_cuda::decoder_cache")(_fake_decoder_cache)
     torch.library.register_fake("flatquant_cuda::decoder_stack")(_fake_decoder_stack)

@@ -67,9 +67,11 @@ class Bound:
         bound: native.BoundCache = step.binding
         return bound
 
-    def fresh_cache(self, batch: int, t: int, dtype: torch.dtype) -> native.BoundCache:
+    def fresh_cache(
+        self, batch: int, t: int, dtype: torch.dtype, device: torch.device
+    ) -> native.BoundCache:
         """A cache for one call."""
-        states = torch.empty((), dtype=dtype).expand(self.shape(batch, t))
+        states = torch.empty((), dtype=dtype, device=device).expand(self.shape(batch, t))
         pairs = [quantizer.store(states, states, t) for quantizer in self.quantizers]
         return self.plan.bind_cache(
             [tensor for pair in pairs for storage in pair for tensor in storage.tensors]
@@ -294,7 +296,6 @@ def _input(module: InputQuantizer, channel_scale: Tensor | None = None) -> nativ
 def _linear(module: QuantizedLinear) -> native.Linear:
     if module.weight_packed is None or module.weight_scale is None:
         raise UnfitError("a linear has no packed weight")
-    _require(module.weight_packed.device.type == "cpu", "the model is not on the CPU")
     return native.Linear(
         weight=module.weight_packed,
         scale=module.weight_scale,

@@ -256,6 +256,7 @@ class Int4Cache(Cache):
         quantizers: Sequence[KVQuantizer],
         shape: tuple[int, int, int, int],
         dtype: torch.dtype,
+        device: torch.device,
     ) -> Lockstep | None:
         """Storages of all layers, with room for keys and values of a shape.
 
@@ -264,6 +265,7 @@ class Int4Cache(Cache):
             quantizers: those it uses, layer by layer.
             shape: [batch, kv_heads, t, head_dim] of what it will add.
             dtype: of the states.
+            device: of the states.
 
         Returns:
             None if the layers differ in what they hold, or cannot hold this.
@@ -276,10 +278,10 @@ class Int4Cache(Cache):
             or self._in_step != self.layers
         ):
             self._in_step = list(self.layers)
-            states = torch.empty((), dtype=dtype).expand(shape)
+            states = torch.empty((), dtype=dtype, device=device).expand(shape)
             stores = _alike(self.layers, quantizers, states)
             step = self.lockstep = None if stores is None else Lockstep(stores, owner)
-        if step is None or step.batch != shape[0] or step.dtype != dtype:
+        if step is None or (step.batch, step.dtype, step.device) != (shape[0], dtype, device):
             return None
         if step.length + shape[2] > step.capacity:
             for store in step.storages:
@@ -321,7 +323,10 @@ def _alike(
         if not quantizer.fills(keys, values):
             return None
         stores += (keys, values)
-    kinds = {(store.length, store.tensors[0].shape[0], store.dtype) for store in stores}
+    kinds = {
+        (store.length, store.tensors[0].shape[0], store.dtype, store.tensors[0].device)
+        for store in stores
+    }
     return stores if len(kinds) == 1 else None
 
 

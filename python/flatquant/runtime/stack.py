@@ -23,6 +23,7 @@ from flatquant.runtime.attention import DECODE_QUERIES
 from flatquant.runtime.bind import Bound, UnfitError, Watch, bind
 from flatquant.runtime.cache import Int4Cache
 from flatquant.runtime.head import SharedEmbedding
+from flatquant_cuda import decoder as native
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # arguments of the mask function: transformers 4.57 has other names
@@ -101,13 +102,13 @@ class FastPath:
         cached = bound.use_cache if use_cache is None else use_cache
         if not cached and past_key_values is None and bound.fits(0, t):
             step, past = None, 0
-            cache = bound.fresh_cache(batch, t, dtype)
+            cache = bound.fresh_cache(batch, t, dtype, given.device)
         elif cached and type(past_key_values) is Int4Cache:
             past = past_key_values.get_seq_length()
             if not bound.fits(past, t):
                 return None
             shape = bound.shape(batch, t)
-            step = past_key_values.in_step(bound, bound.quantizers, shape, dtype)
+            step = past_key_values.in_step(bound, bound.quantizers, shape, dtype, given.device)
             if step is None:
                 return None
             cache = bound.bind(step)
@@ -116,7 +117,7 @@ class FastPath:
 
         hidden = decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
-            position_ids = torch.arange(past, past + t).unsqueeze(0)
+            position_ids = torch.arange(past, past + t, device=given.device).unsqueeze(0)
         mask = _mask(decoder, hidden, attention_mask, past_key_values, past, position_ids)
         cos, sin = decoder.rotary_emb(hidden, position_ids)
         hidden = bound.plan.run(hidden, cos, sin, cache, past=past, mask=mask)
@@ -140,14 +141,14 @@ def _suits(given: Tensor | None, attention_mask: Tensor | None, dimensions: int)
     return (
         type(given) is Tensor
         and given.dim() == dimensions
-        and given.device.type == "cpu"
+        and native.available(given.device.type)
         and given.shape[0] > 0
         and 1 <= given.shape[1] <= DECODE_QUERIES
         and (
             attention_mask is None or (type(attention_mask) is Tensor and attention_mask.dim() == 2)
         )
         and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
+        and not torch.is_autocast_enabled(given.device.type)
         and not torch.jit.is_tracing()
     )
 
@@ -161,11 +162,13 @@ def _mask(
     position_ids: Tensor,
 ) -> Tensor | None:
     """The mask that flatquant_attention would have got and made: bool [., ., t, past + t]."""
-    t, length = hidden.shape[1], past + hidden.shape[1]
-    if t == 1 and (
-        attention_mask is None or (attention_mask.shape[1] == length and bool(attention_mask.all()))
-    ):
-        return None  # what the call below finds out more slowly
+    t, length, device = hidden.shape[1], past + hidden.shape[1], hidden.device
+    if t == 1 and (attention_mask is None or attention_mask.shape[1] == length):
+        # what the call below finds out more slowly, and on a GPU by waiting for it
+        if attention_mask is None or (device.type == "cpu" and bool(attention_mask.all())):
+            return None
+        if device.type != "cpu":
+            return attention_mask.bool()[:, None, None, :]
     arguments = {
         "config": decoder.config,
         _EMBEDDINGS: hidden,
@@ -174,11 +177,13 @@ def _mask(
         "position_ids": position_ids,
     }
     if "cache_position" in _MASK_ARGUMENTS:
-        arguments["cache_position"] = torch.arange(past, length)
+        arguments["cache_position"] = torch.arange(past, length, device=device)
     mask: Tensor | None = create_causal_mask(**arguments)
     if mask is not None:
         return mask[..., :length]
-    return None if t == 1 else torch.ones(1, 1, t, length, dtype=torch.bool).tril(past)
+    if t == 1:
+        return None
+    return torch.ones(1, 1, t, length, dtype=torch.bool, device=device).tril(past)
 
 
 def forward(decoder: Any, *args: Any, **kwargs: Any) -> Any:

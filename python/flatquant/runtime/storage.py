@@ -163,7 +163,7 @@ class Lockstep:
     happens to one of them (an append, a crop, a reordering) ends it for all.
 
     Args:
-        storages: alike in length, batch and dtype, and none of them in another lockstep.
+        storages: alike in length, batch, dtype and device, and none of them in another lockstep.
         owner: who fills them.
 
     Attributes:
@@ -175,7 +175,8 @@ class Lockstep:
 
     def __init__(self, storages: Sequence[Storage], owner: object) -> None:
         self.storages, self.owner = storages, owner
-        self.batch, self.dtype = storages[0].tensors[0].shape[0], storages[0].dtype
+        codes = storages[0].tensors[0]
+        self.batch, self.device, self.dtype = codes.shape[0], codes.device, storages[0].dtype
         self.capacity = min(storage.capacity for storage in storages)
         self.length = storages[0].length
         self.active = True
