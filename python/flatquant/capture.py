@@ -168,18 +168,3 @@ class StatisticsCollector:
         if self._largest is None or self._square is None:
             raise RuntimeError("no input was seen")
         return InputStatistics(self._largest, self._square / self._count)
-
-
-class HessianCollector:
-    """Accumulates H = Σ xᵀx of the inputs of a linear, float64 [channels, channels]."""
-
-    def __init__(self) -> None:
-        self.hessian: Tensor | None = None
-        self.count = 0
-
-    def __call__(self, x: Tensor) -> None:
-        """x: [..., channels]."""
-        rows = x.detach().reshape(-1, x.shape[-1]).float()
-        part = (rows.t() @ rows).double()
-        self.hessian = part if self.hessian is None else self.hessian + part
-        self.count += rows.shape[0]

@@ -11,7 +11,7 @@ import json
 import sys
 import types
 import typing
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,7 +44,8 @@ class Quantize:
     epochs: int | None = field(default=None, metadata={"help": "default: the recipe's"})
     seed: int = field(default=0, metadata={"help": "of the crops and the transforms"})
     weights: str | None = field(
-        default=None, metadata={"help": "weight quantizer: rtn or gptq; default: the recipe's"}
+        default=None,
+        metadata={"help": "weight quantizer: rtn, rtn-mse, gptq, ...; default: the recipe's"},
     )
     ignore: tuple[str, ...] = field(
         default=("lm_head",),
@@ -64,15 +65,16 @@ class Quantize:
 
         _check_output(self.output, self.model)
         recipe = resolve(self.method, self.scheme)
-        needs_data = recipe.needs_data or self.weights not in (None, "rtn")
-        if needs_data and self.calibration is None:
+        if self.weights is not None:
+            recipe = replace(recipe, weights=self.weights)
+        if recipe.needs_data and self.calibration is None:
             raise ValueError(
-                f"method {self.method!r} with weights {self.weights or recipe.weights!r} needs "
-                "data: --calibration must name a text file"
+                f"method {self.method!r} with weights {recipe.weights!r} needs data: "
+                "--calibration must name a text file"
             )
         model, tokenizer = _load(self.model, self.dtype)
         samples = None
-        if needs_data and self.calibration is not None:
+        if recipe.needs_data and self.calibration is not None:
             ids = tokenize_file(tokenizer, self.calibration)
             samples = flatquant.random_crops(ids, self.samples, self.seqlen, self.seed)
         flatquant.quantize(
@@ -81,7 +83,6 @@ class Quantize:
             self.scheme,
             samples,
             epochs=self.epochs,
-            weights=self.weights,
             seed=self.seed,
             ignore=self.ignore,
             work_dir=self.work_dir,

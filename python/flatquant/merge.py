@@ -17,7 +17,7 @@ from flatquant.fit.modules import BlockFit, GroupFit, LinearFit, transformed_wei
 from flatquant.models.spec import Site
 from flatquant.scheme import Scheme
 from flatquant.transforms.base import FrozenTransform, Transform
-from flatquant.weights import WEIGHT_QUANTIZERS, QuantizedWeight, WeightTask
+from flatquant.weights import QuantizedWeight, WeightTask
 
 HessianOf = Callable[[str], Tensor]
 """Name of a linear -> Σ xᵀx of its quantized inputs, with all earlier weights already rounded."""
@@ -29,7 +29,11 @@ def _freeze(transform: Transform | None, dtype: torch.dtype) -> FrozenTransform 
 
 @torch.no_grad()
 def merge_block(
-    fit: BlockFit, *, dtype: torch.dtype, hessian_of: HessianOf | None
+    fit: BlockFit,
+    *,
+    dtype: torch.dtype,
+    hessian_of: HessianOf | None,
+    on_note: Callable[[str], None] | None = None,
 ) -> dict[str, Tensor]:
     """Tensors of the finished block, by their names in the runtime block.
 
@@ -37,6 +41,7 @@ def merge_block(
         fit: the fitted block; its linears keep the rounded weights afterwards.
         dtype: dtype of the model that will run them.
         hessian_of: source of Hessians, for weight quantizers that want one.
+        on_note: told what weight quantizers have to say about a weight.
 
     Raises:
         ValueError: a merged tensor is not finite.
@@ -71,6 +76,9 @@ def merge_block(
                 tensors[f"{name}.bias"] = bias.to(dtype)
             continue
         quantized = _round(fit, name, linear, weight, hessian_of)
+        if quantized is not None and on_note is not None:
+            for note in quantized.notes:
+                on_note(f"{fit.name}.{name}: {note}")
         rows = row_scales.get(name)
         tensors.update(_linear_tensors(name, quantized, weight, bias, rows, recipe.scheme, dtype))
         if linear.online:
@@ -112,13 +120,14 @@ def _round(
     scheme = linear.group.scheme
     if not scheme.quantizes_weights:
         return None
-    quantizer = WEIGHT_QUANTIZERS[fit.context.recipe.weights]
+    quantizer, family = fit.context.recipe.rounding, fit.context.family
     task = WeightTask(
         name=f"{fit.name}.{name}",
         weight=weight,
         bits=scheme.w_bits,
         group=scheme.w_group,
         clip=None if linear.clip is None else linear.clip.ratios().detach(),
+        makes_scores=name in (family.query, family.key),
     )
     if quantizer.needs_hessian:
         if hessian_of is None:

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 
 from flatquant.capture import (
     BlockRunner,
-    HessianCollector,
     InputStatistics,
     StatisticsCollector,
     check_tokens,
@@ -41,7 +40,7 @@ from flatquant.runtime.attention import register
 from flatquant.runtime.cache import ATTENTION
 from flatquant.scheme import Scheme
 from flatquant.surgery import block_names
-from flatquant.weights import WEIGHT_QUANTIZERS
+from flatquant.weights import HessianCollector, WeightQuantizer
 from flatquant.work_dir import WorkDir, fingerprint
 
 _log = logging.getLogger("flatquant")
@@ -54,7 +53,7 @@ def calibrate(
     calibration: Tensor | None = None,
     *,
     epochs: int | None = None,
-    weights: str | None = None,
+    weights: str | WeightQuantizer | None = None,
     seed: int = 0,
     ignore: str | tuple[str, ...] = ("lm_head",),
     work_dir: str | Path | None = None,
@@ -73,7 +72,8 @@ def calibrate(
         scheme: what to quantize, e.g. "W4A4KV4".
         calibration: token ids int64 [samples, seqlen]; methods without data take None.
         epochs: overrides the recipe's.
-        weights: overrides the recipe's weight quantizer ("rtn", "gptq").
+        weights: overrides the recipe's weight quantizer: a name ("rtn", "gptq-mse", ...) or a
+            value (`flatquant.weights.Gptq(...)`).
         seed: of transforms' start values.
         ignore: linears to leave alone, by full name, or "re:pattern".
         work_dir: folder that keeps every finished block.
@@ -149,7 +149,9 @@ def _block(
     recipe = fit.context.recipe
     if run is None or hidden is None or targets is None:
         bar.update(1)
-        return merge_block(fit, dtype=dtype, hessian_of=None), {"block": fit.name}
+        return merge_block(fit, dtype=dtype, hessian_of=None, on_note=_log.info), {
+            "block": fit.name
+        }
     if recipe.scales:
         fit.start_scales(_statistics(block, fit, run, hidden))
 
@@ -159,10 +161,13 @@ def _block(
 
     log = fit_block(block, fit, run, hidden, targets, recipe.fit, on_epoch)
     hessian_of = None
-    if WEIGHT_QUANTIZERS[recipe.weights].needs_hessian:
+    if recipe.rounding.needs_hessian:
         hessian_of = _hessians(block, fit, run, hidden)
-    tensors = merge_block(fit, dtype=dtype, hessian_of=hessian_of)
-    return tensors, {"block": fit.name, **_json(log)}
+    notes: list[str] = []
+    tensors = merge_block(fit, dtype=dtype, hessian_of=hessian_of, on_note=notes.append)
+    for note in notes:
+        _log.info(note)
+    return tensors, {"block": fit.name, **_json(log), **({"notes": notes} if notes else {})}
 
 
 def _json(log: FitLog) -> dict[str, float | None]:
@@ -213,6 +218,7 @@ def _hessians(block: nn.Module, fit: BlockFit, run: BlockRunner, hidden: Tensor)
                     forward_fit(block, fit, run, part, family.attention)
             if collector.hessian is None:
                 raise RuntimeError(f"{name}: no input was seen")
+            cache.clear()  # groups come one after the other: one K² at a time
             cache[group.site.value] = collector.hessian
         return cache[group.site.value]
 
@@ -228,14 +234,12 @@ def _check_ignored(model: nn.Module, plan: QuantizationPlan) -> None:
             warnings.warn(f"ignore={entry!r} matches no linear of the model", stacklevel=3)
 
 
-def _overridden(recipe: Recipe, epochs: int | None, weights: str | None) -> Recipe:
+def _overridden(
+    recipe: Recipe, epochs: int | None, weights: str | WeightQuantizer | None
+) -> Recipe:
     if epochs is not None:
         recipe = replace(recipe, fit=replace(recipe.fit, epochs=epochs))
-    if weights is not None:
-        if weights not in WEIGHT_QUANTIZERS:
-            raise ValueError(f"weights={weights!r} is unknown; known: {list(WEIGHT_QUANTIZERS)}")
-        recipe = replace(recipe, weights=weights)
-    return recipe
+    return recipe if weights is None else replace(recipe, weights=weights)
 
 
 @contextmanager
@@ -316,7 +320,7 @@ def quantize(
     calibration: Tensor | None = None,
     *,
     epochs: int | None = None,
-    weights: str | None = None,
+    weights: str | WeightQuantizer | None = None,
     seed: int = 0,
     ignore: str | tuple[str, ...] = ("lm_head",),
     work_dir: str | Path | None = None,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from flatquant.models.spec import Site
 from flatquant.scheme import Scheme
+from flatquant.weights import WeightQuantizer, weight_quantizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,11 @@ class Recipe:
         scales: sites whose input gets a per-channel scale, with its settings.
         learned_clips: learn clip ratios of weights, activations, keys and values.
         fit: how free numbers are found.
-        weights: name in `flatquant.weights.WEIGHT_QUANTIZERS`.
+        weights: how weights are rounded: a value such as `Gptq(clip=MseClip())`, or a name in
+            `flatquant.weights.WEIGHT_QUANTIZERS`.
+
+    Raises:
+        ValueError: an unknown name of a weight quantizer.
     """
 
     method: str
@@ -91,11 +96,12 @@ class Recipe:
     scales: Mapping[Site, ScaleConfig] = field(default_factory=dict)
     learned_clips: bool = False
     fit: FitConfig = FitConfig(epochs=0)
-    weights: str = "rtn"
+    weights: str | WeightQuantizer = "rtn"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "transforms", types.MappingProxyType(dict(self.transforms)))
         object.__setattr__(self, "scales", types.MappingProxyType(dict(self.scales)))
+        weight_quantizer(self.weights)  # an unknown name is refused here
 
     @property
     def has_parameters(self) -> bool:
@@ -104,10 +110,16 @@ class Recipe:
         return learned or bool(self.scales) or self.learned_clips
 
     @property
+    def rounding(self) -> WeightQuantizer:
+        """The weight quantizer that `weights` stands for."""
+        return weight_quantizer(self.weights)
+
+    @property
     def needs_data(self) -> bool:
         """Whether calibration text is read at all."""
         statistics = any(scale.start != "one" for scale in self.scales.values())
-        return (self.has_parameters and self.fit.epochs > 0) or statistics or self.weights != "rtn"
+        rounding = self.scheme.quantizes_weights and self.rounding.needs_hessian
+        return (self.has_parameters and self.fit.epochs > 0) or statistics or rounding
 
 
 def _is_fixed(kind: str) -> bool:

@@ -36,6 +36,7 @@ def fingerprint(
         **vars(recipe),
         "transforms": dict(recipe.transforms),
         "scales": dict(recipe.scales),
+        "weights": recipe.rounding,
     }
     return {
         "format_version": FORMAT_VERSION,

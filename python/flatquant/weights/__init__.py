@@ -1,12 +1,50 @@
-"""Weight quantizers. A new one is a function and a line in `WEIGHT_QUANTIZERS`."""
+"""Weight quantizers. A new one is a frozen dataclass and a line in `WEIGHT_QUANTIZERS`."""
 
 from flatquant.weights.base import QuantizedWeight, WeightQuantizer, WeightTask
-from flatquant.weights.gptq import gptq
-from flatquant.weights.rtn import round_to_nearest
+from flatquant.weights.gptq import Gptq, Ldlq
+from flatquant.weights.hessian import HessianCollector
+from flatquant.weights.hqq import Hqq
+from flatquant.weights.rtn import Rtn
+from flatquant.weights.search import AwqClip, ClipSearch, MseClip
 
 WEIGHT_QUANTIZERS: dict[str, WeightQuantizer] = {
-    "rtn": WeightQuantizer(round_to_nearest),
-    "gptq": WeightQuantizer(gptq, needs_hessian=True),
+    "rtn": Rtn(),
+    "rtn-mse": Rtn(clip=MseClip()),
+    "rtn-awq": Rtn(clip=AwqClip()),
+    "gptq": Gptq(),
+    "gptq-mse": Gptq(clip=MseClip()),
+    "gptq-awq": Gptq(clip=AwqClip()),
+    "ldlq": Ldlq(),
+    "hqq": Hqq(),
 }
+"""Names for the settings that papers and the command line ask for; any other value will do too."""
 
-__all__ = ["WEIGHT_QUANTIZERS", "QuantizedWeight", "WeightQuantizer", "WeightTask"]
+
+def weight_quantizer(choice: str | WeightQuantizer) -> WeightQuantizer:
+    """The quantizer of a name, or the value itself.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if isinstance(choice, WeightQuantizer):
+        return choice
+    if choice not in WEIGHT_QUANTIZERS:
+        raise ValueError(f"weights={choice!r} is unknown; known: {list(WEIGHT_QUANTIZERS)}")
+    return WEIGHT_QUANTIZERS[choice]
+
+
+__all__ = [
+    "WEIGHT_QUANTIZERS",
+    "AwqClip",
+    "ClipSearch",
+    "Gptq",
+    "HessianCollector",
+    "Hqq",
+    "Ldlq",
+    "MseClip",
+    "QuantizedWeight",
+    "Rtn",
+    "WeightQuantizer",
+    "WeightTask",
+    "weight_quantizer",
+]

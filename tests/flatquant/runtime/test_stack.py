@@ -394,7 +394,7 @@ def test_no_fast_path_where_the_op_would_give_something_else(token_ids):
     assert stack.obstacle(ignored) == "layers.1.mlp.down_proj does not run on an integer kernel"
     assert stack.obstacle(quantized("qwen3")) == "layers.0 has a q_norm"
     nowhere = stack.obstacle(quantized().to("meta"))
-    assert nowhere == "decoder_plan: there is no native decoder_stack on meta"
+    assert nowhere is not None and "no native decoder_stack on meta" in nowhere
     wide = quantized(dtype=torch.float64)
     assert "channel_scale has dtype float64: it must be float32" in (stack.obstacle(wide) or "")
     gelu = quantized(hidden_act="gelu")
