@@ -14,7 +14,7 @@ namespace {
 }  // namespace
 
 void rope(const Rope& args, int64_t begin, int64_t end) {
-  float* const work = static_cast<float*>(scratch(5 * 4 * args.head_dim));
+  float* const work = static_cast<float*>(scratch(4 * args.head_dim));
 #if defined(__x86_64__)
   pick(&rope_rows, &rope_avx2, &rope_avx512)(args, begin, end, work);
 #else

@@ -14,7 +14,7 @@ struct Rope {
   Dtype dtype;
 };
 
-// begin, end: rows of out. work: 5 head_dim floats.
+// begin, end: rows of out. work: head_dim floats.
 void rope(const Rope& args, int64_t begin, int64_t end);
 void rope_avx2(const Rope& args, int64_t begin, int64_t end, float* work);
 void rope_avx512(const Rope& args, int64_t begin, int64_t end, float* work);
