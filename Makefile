@@ -9,7 +9,8 @@
 #   make format      let ruff and clang-format rewrite the sources
 #
 # Variables: PYTHON (which Python makes the environment), VENV (where), TORCH_INDEX (another package index to look for
-# torch in), TORCH (the exact requirement, for example TORCH=torch==2.13.0 for the CUDA build), DEMO and PYTEST (options).
+# torch in), TORCH (the exact requirement, for example TORCH=torch==2.13.0 for the CUDA build), DEMO, PYTEST and BENCH
+# (options), MAX_JOBS (compilers at a time), WORKERS (test processes).
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -23,6 +24,9 @@ TORCH ?=
 TORCH_INDEX ?=
 DEMO ?=
 PYTEST ?=
+# A test process takes about 1 GB.
+WORKERS ?= $(shell echo $$(( $(MAX_JOBS) < 4 ? $(MAX_JOBS) : 4 )))
+BENCH ?=
 
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -36,7 +40,7 @@ export MAX_JOBS ?= $(OMP_NUM_THREADS)
 
 RUNTIME := transformers tokenizers safetensors numpy tqdm jinja2 gguf accelerate psutil
 BUILD := setuptools wheel cmake ninja pybind11
-CHECKS := pytest ruff mypy clang-format pre-commit
+CHECKS := pytest pytest-xdist ruff mypy clang-format pre-commit
 
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null) $(wildcard setup.py CMakeLists.txt pyproject.toml)
 CPP_SOURCES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -94,7 +98,7 @@ demo: build $(STAMPS)/model
 
 test: build
 	@$(BIN)/python -c 'import sys, flatquant_cuda as f; sys.exit(f.backend("gemm_w4a4") != "native" and "make test: the native library did not load; see python -m flatquant_cuda")'
-	$(BIN)/python -m pytest -q $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup $(PYTEST)
 
 test-long: build $(STAMPS)/model
 	$(BIN)/python -m pytest -q -m long $(PYTEST)
@@ -108,8 +112,9 @@ lint: $(STAMPS)/packages
 	@find csrc flatquant_cuda python -type f \( -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' \) -exec wc -l {} + \
 	  | awk '$$2 != "total" && $$1 > 300 { print "long file: " $$2 " (" $$1 " lines)" }'
 
-bench: build
-	$(BIN)/python bench/bench_ops.py
+bench: build $(STAMPS)/model
+	$(BIN)/python bench/bench_ops.py $(BENCH)
+	$(BIN)/python bench/bench_models.py $(BENCH)
 
 docs: $(STAMPS)/packages
 	$(BIN)/python bench/record.py
