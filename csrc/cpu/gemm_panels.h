@@ -62,7 +62,6 @@ struct Work {
   int64_t steps;
   int64_t chunk, run;  // steps of a chunk, at most, and tiles of a run
   int64_t group;       // rows that lie together: 32, fewer if there are no more
-  int64_t blocks;      // of a tile, at most
   int64_t slots;       // blocks that totals has room for: one more than may be unfinished
   uint8_t* rows;       // see above
   uint8_t* panels[2];  // the one that is read, and the one that is made
@@ -72,8 +71,8 @@ struct Work {
   Work(int64_t steps_, int64_t most_rows, int64_t panel_steps, int64_t extra_bytes)
       : steps(steps_), run(1), group(most_rows <= kHalf ? most_rows : kBlock) {
     const int64_t padded = ceil_div(most_rows, group) * group, step_bytes = padded * kRowStep;
-    blocks = ceil_div(padded, kBlock);
-    chunk = l2_cache_bytes() / 2 / step_bytes;
+    const int64_t blocks = ceil_div(padded, kBlock);
+    chunk = l2_cache_bytes() / 4 / step_bytes;
     if (chunk < steps) run = l2_cache_bytes() / 4 / (blocks * kBlockTotals * 4);
     if (run < 1) run = 1;
     slots = panel_steps < steps ? run * blocks + 1 : 2;
@@ -332,7 +331,8 @@ void gemm_panels(Kernel& kernel, const Tiling& tiles, const Work& work, int64_t 
     next.next();
     is_made = next.more() && !next.few;
     if (is_made) start_panel(next, 1 - reading);
-    const int64_t first_slot = slot + (at.tile - at.run) * work.blocks;
+    const int64_t blocks = ceil_div(tile.rows, kBlock);
+    const int64_t first_slot = slot + (at.tile - at.run) * blocks;
     for (int64_t r = 0; r < tile.rows; r += kBlock) {
       const int64_t count = tile.rows - r < kBlock ? tile.rows - r : kBlock;
       const Block block{work.row(r) + at.first * work.row_step(),
@@ -342,14 +342,14 @@ void gemm_panels(Kernel& kernel, const Tiling& tiles, const Work& work, int64_t 
                         at.first,
                         at.steps,
                         work.totals + (first_slot + r / kBlock) % work.slots * kBlockTotals * 4};
-      aside.start_block(ceil_div(tile.rows - r, kBlock), at.steps);
+      aside.start_block(blocks - r / kBlock, at.steps);
       if (at.ends_tile()) aside.expect_rows(tile, r, count);
       kernel.multiply_block(block, aside);
       aside.finish_block();
       if (at.ends_tile()) aside.take_rows(tile, of_tile, r, count, block.totals);
     }
     reading = 1 - reading;
-    if (next.run != at.run) slot = (slot + (at.run_end - at.run) * work.blocks) % work.slots;
+    if (next.run != at.run) slot = (slot + (at.run_end - at.run) * blocks) % work.slots;
     at = next;
   }
   aside.finish_block();

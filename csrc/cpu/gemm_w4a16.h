@@ -22,6 +22,7 @@
 
 #include "../ops.h"
 #include "gemm_tiles.h"
+#include "pick.h"
 
 namespace fq::cpu {
 
@@ -35,9 +36,11 @@ constexpr int64_t kSegment = 512;
 constexpr int64_t kLineBytes = 64;
 constexpr int64_t kPart = 32;  // codes
 
-// Rows are kept in bfloat16 if they are that, else as float32.
+// By panels, rows are kept in bfloat16, and used a chunk at a time; else as float32, and all of
+// them should stay in the L2 cache.
 inline Tiling tiling(const GemmW4A16& args) {
-  return Tiling(args.m, args.n, args.k * (args.dtype == Dtype::kBFloat16 ? 2 : 4));
+  const bool by_panels = args.dtype == Dtype::kBFloat16 && isa() >= Isa::kAmx;
+  return Tiling(args.m, args.n, args.k * (by_panels ? 2 : 8));
 }
 
 // Bits that a code takes: 3 are stored as 4.

@@ -69,12 +69,12 @@ struct FloatKernel {
   static constexpr int64_t kFields = 16 / kWidth, kLine = kLineBytes * 8 / kWidth;  // codes
   static constexpr int64_t kUnitSteps = kFields, kUnitBytes = kLineBytes;
   static constexpr int64_t kColumns = 16, kFewRows = 16;
-  static constexpr int64_t kSegmentLines = kSegment / kLine;
+  static constexpr int64_t kSegmentLines = kSegment / kLine, kPanelLines = 32 / kUnitSteps;
 
   const GemmW4A16& args;
   const int64_t group, group_lines;  // codes and lines of a group
   float* scales = nullptr;           // [groups, rounded up to 4; kTileColumns], of this tile
-  float* sums = nullptr;             // [32, kTileColumns], of a segment of a block
+  float* sums[2] = {};               // [32, kTileColumns], of this and the last segment of a block
   uint8_t* lines = nullptr;  // unpacked, of few rows: two of [kFields, 16 columns, 64 bytes]
 
   explicit FloatKernel(const GemmW4A16& a)
@@ -90,25 +90,26 @@ struct FloatKernel {
   }
   bool reads_past_columns() const { return group * kWidth / 8 % kLineBytes != 0; }
 
-  // A panel is as many whole segments as are together no longer than the longest one.
+  // A panel is as many whole segments as make 32 steps, 64 KB.
   int64_t segment_lines(int64_t first) const {
     const int64_t left = group_lines - first % group_lines;
     return left < kSegmentLines ? left : kSegmentLines;
   }
   int64_t most_panel_steps() const {
-    return (total_lines() < kSegmentLines ? total_lines() : kSegmentLines) * kUnitSteps;
+    return (total_lines() < kPanelLines ? total_lines() : kPanelLines) * kUnitSteps;
   }
   int64_t panel_steps(int64_t first_step) const {
     const int64_t first = first_step / kUnitSteps;
     int64_t end = first;
     do end += segment_lines(end);
-    while (end < total_lines() && end + segment_lines(end) - first <= kSegmentLines);
+    while (end < total_lines() && end + segment_lines(end) - first <= kPanelLines);
     return (end - first) * kUnitSteps;
   }
 
   static constexpr int64_t kLinesBytes = kFields * kHalf * kRowStep;
   int64_t extra_bytes() const {
-    return (ceil_div(args.groups, 4) * 4 * kTileColumns + kBlockTotals) * int64_t{sizeof(float)} +
+    return (ceil_div(args.groups, 4) * 4 * kTileColumns + 2 * kBlockTotals) *
+               int64_t{sizeof(float)} +
            2 * kLinesBytes;
   }
 
@@ -116,9 +117,11 @@ struct FloatKernel {
   // --------------------------------------------------------------------------------------
 
   void prepare(const Tile& tile, const Work& work) {
-    sums = reinterpret_cast<float*>(work.extra);
-    lines = reinterpret_cast<uint8_t*>(sums + kBlockTotals);
+    sums[0] = reinterpret_cast<float*>(work.extra);
+    sums[1] = sums[0] + kBlockTotals;
+    lines = reinterpret_cast<uint8_t*>(sums[1] + kBlockTotals);
     scales = reinterpret_cast<float*>(lines + 2 * kLinesBytes);
+    if (tile.rows <= kFewRows) __builtin_memset(sums[0], 0, 2 * kBlockTotals * sizeof(float));
     for (int64_t r = 0; r < tile.rows; ++r) {
       const uint16_t* const x = static_cast<const uint16_t*>(args.x) + (tile.row + r) * args.k;
       for (int64_t line = 0; line < total_lines(); ++line) {
@@ -221,23 +224,24 @@ struct FloatKernel {
   // ---- products
   // ----------------------------------------------------------------------------------
 
+  // While a segment is multiplied, the sums of the last one are added to the totals.
   template <class Aside>
   void multiply_block(const Block& block, Aside& aside) {
     const uint8_t *a = block.rows, *w = block.panel;
     const bool whole = block.count > kHalf;
     constexpr int64_t kStride = kTileColumns * 4;
-    float* const below = sums + kHalf * kTileColumns;
     const int64_t end = (block.first + block.steps) / kUnitSteps;
-    for (int64_t line = block.first / kUnitSteps; line < end;) {
-      const float* const scale = scales + line / group_lines * kTileColumns;
-      const bool add = line > 0;
-      const int64_t count = segment_lines(line);
-      line += count;
+    Finished last{};
+    for (int64_t line = block.first / kUnitSteps, turn = 0; line < end; turn = 1 - turn) {
+      Finished segment{sums[turn], scales + line / group_lines * kTileColumns,
+                       static_cast<float*>(block.totals), block.count, line == 0};
+      const int64_t steps = segment_lines(line) * kUnitSteps, rows = ceil_div(kBlock, steps);
+      line += steps / kUnitSteps;
       clear_tile<0>();
       clear_tile<1>();
       clear_tile<2>();
       clear_tile<3>();
-      for (int64_t s = 0; s < count * kUnitSteps; ++s, a += block.row_step, w += kPanelStep) {
+      for (int64_t s = 0; s < steps; ++s, a += block.row_step, w += kPanelStep) {
         load_tile<4>(a, kRowStep);
         load_tile<6>(w, kQuadBytes);
         load_tile<7>(w + kHalfBytes, kQuadBytes);
@@ -248,29 +252,41 @@ struct FloatKernel {
           multiply_bf16<2, 5, 6>();
           multiply_bf16<3, 5, 7>();
         }
+        last.add(rows);
         aside.step();
       }
-      store_tile<0>(sums, kStride);
-      store_tile<1>(sums + kHalf, kStride);
+      float* const below = segment.sums + kHalf * kTileColumns;
+      store_tile<0>(segment.sums, kStride);
+      store_tile<1>(segment.sums + kHalf, kStride);
       if (whole) {
         store_tile<2>(below, kStride);
         store_tile<3>(below + kHalf, kStride);
       }
-      add_sums(block, scale, add);
+      last = segment;
     }
+    last.add(kBlock);
   }
 
-  void add_sums(const Block& block, const float* scale, bool add) const {
-    float* const totals = static_cast<float*>(block.totals);
-    const __m512 scale0 = _mm512_loadu_ps(scale), scale1 = _mm512_loadu_ps(scale + kHalf);
-    for (int64_t i = 0; i < block.count * kTileColumns; i += kTileColumns) {
-      const __m512 total0 = add ? _mm512_loadu_ps(totals + i) : _mm512_setzero_ps();
-      const __m512 total1 = add ? _mm512_loadu_ps(totals + i + kHalf) : _mm512_setzero_ps();
-      _mm512_storeu_ps(totals + i, _mm512_fmadd_ps(_mm512_loadu_ps(sums + i), scale0, total0));
-      _mm512_storeu_ps(totals + i + kHalf,
-                       _mm512_fmadd_ps(_mm512_loadu_ps(sums + i + kHalf), scale1, total1));
+  // Sums of a segment of a block, on their way to the totals.
+  struct Finished {
+    float* sums;
+    const float* scale;
+    float* totals;
+    int64_t rows;  // left
+    bool first;    // of its tile: there are no totals yet
+
+    void add(int64_t most) {
+      const __m512 scale0 = rows > 0 ? _mm512_loadu_ps(scale) : _mm512_setzero_ps();
+      const __m512 scale1 = rows > 0 ? _mm512_loadu_ps(scale + kHalf) : _mm512_setzero_ps();
+      for (; most > 0 && rows > 0; --most, --rows, sums += kTileColumns, totals += kTileColumns) {
+        const __m512 total0 = first ? _mm512_setzero_ps() : _mm512_loadu_ps(totals);
+        const __m512 total1 = first ? _mm512_setzero_ps() : _mm512_loadu_ps(totals + kHalf);
+        _mm512_storeu_ps(totals, _mm512_fmadd_ps(_mm512_loadu_ps(sums), scale0, total0));
+        _mm512_storeu_ps(totals + kHalf,
+                         _mm512_fmadd_ps(_mm512_loadu_ps(sums + kHalf), scale1, total1));
+      }
     }
-  }
+  };
 
   // ---- few rows
   // ----------------------------------------------------------------------------------
@@ -279,9 +295,10 @@ struct FloatKernel {
   // those of the next segment, so that the first need not be waited for; 4 is columns, 6 rows.
   void multiply_few(const Tile& tile, const Columns<kUnitBytes>& columns, const Work& work) {
     start_tile(tile);
-    const int64_t width = few_width(args.m);
+    const int64_t width = few_width(args.m), pitch = width == 1 ? 1 : kHalf;
     float totals[2][kHalf * kHalf] = {};
-    const float* held[2][2] = {};  // scales of the segments in the tiles
+    const float* held[2][2] = {};    // scales of the segments in the tiles
+    const float* stored[2][2] = {};  // and of those in sums[turn] [half][column][row]
     // Calls with a tile's number as a constant.
     const auto with = [](int64_t tile, auto call) __attribute__((always_inline)) {
       if (tile == 0) call(std::integral_constant<int, 0>());
@@ -289,14 +306,30 @@ struct FloatKernel {
       if (tile == 2) call(std::integral_constant<int, 2>());
       if (tile == 3) call(std::integral_constant<int, 3>());
     };
+    const auto add = [&](int64_t turn, int64_t half) {
+      const float* const scale = stored[turn][half];
+      if (scale == nullptr) return;
+      stored[turn][half] = nullptr;
+      const float* const sum = sums[turn] + half * kHalf * kHalf;
+      float* const total = totals[half];
+      if (width == 1) {
+        _mm512_storeu_ps(total, _mm512_fmadd_ps(_mm512_loadu_ps(sum), _mm512_loadu_ps(scale),
+                                                _mm512_loadu_ps(total)));
+        return;
+      }
+      for (int64_t i = 0; i < kHalf * kHalf; i += kHalf)
+        _mm512_storeu_ps(total + i,
+                         _mm512_fmadd_ps(_mm512_loadu_ps(sum + i), _mm512_set1_ps(scale[i / kHalf]),
+                                         _mm512_loadu_ps(total + i)));
+    };
+    // The sums of a tile go to memory when it is wanted again, and to the totals a segment later:
+    // neither has to be waited for.
     const auto empty = [&](int64_t turn, int64_t half) {
+      add(1 - turn, half);
       if (held[turn][half] == nullptr) return;
-      with(turn * 2 + half, [&](auto tile) { store_tile<tile>(sums, width * 4); });
-      for (int64_t c = 0; c < kHalf; ++c)
-        for (int64_t r = 0; r < width; ++r) {
-          float& total = totals[half][c * width + r];
-          total = __builtin_fmaf(sums[c * width + r], held[turn][half][c], total);
-        }
+      with(turn * 2 + half,
+           [&](auto tile) { store_tile<tile>(sums[turn] + half * kHalf * kHalf, pitch * 4); });
+      stored[turn][half] = held[turn][half];
     };
     const auto multiply_line = [&](int64_t line, int64_t half, int64_t turn) {
       const uint8_t* const w = lines + half * kLinesBytes;
@@ -330,11 +363,12 @@ struct FloatKernel {
     for (int64_t half = 0; half < 2; ++half) {
       empty(turn, half);
       empty(1 - turn, half);
+      add(1 - turn, half);
     }
     float* const out = reinterpret_cast<float*>(work.totals);
     for (int64_t r = 0; r < tile.rows; ++r)
       for (int64_t c = 0; c < kTileColumns; ++c)
-        out[r * kTileColumns + c] = totals[c / kHalf][c % kHalf * width + r];
+        out[r * kTileColumns + c] = totals[c / kHalf][c % kHalf * pitch + r];
   }
 
   // 16 columns of a line: [field][column][32 codes].

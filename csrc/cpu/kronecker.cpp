@@ -13,14 +13,12 @@ constexpr int kTileRows = 2;
 
 #include "row_body.h"
 
+#include "row_codes.h"
+
 #include "kronecker_body.h"
 
-// Room for a Workspace.
 float* work_for(const Transform& t) {
-  const int64_t factors =
-      (t.left ? whole_lanes(t.n1 * t.n1) : 0) + (t.right ? t.n2 * whole_lanes(t.n2) : 0);
-  const int64_t row = whole_lanes(t.n1 * t.n2) + 2 * t.n1 * whole_lanes(t.n2);
-  return static_cast<float*>(scratch(4 * (row + factors)));
+  return static_cast<float*>(scratch(work_floats(t) * int64_t{sizeof(float)}));
 }
 
 }  // namespace
@@ -28,7 +26,7 @@ float* work_for(const Transform& t) {
 void kronecker(const Kronecker& args, int64_t begin, int64_t end) {
   float* const work = work_for(args.transform);
 #if defined(__x86_64__)
-  pick(&kronecker_rows, &kronecker_avx2, &kronecker_avx512)(args, begin, end, work);
+  pick(&kronecker_rows, &kronecker_avx2, &kronecker_avx512, &kronecker_amx)(args, begin, end, work);
 #else
   kronecker_rows(args, begin, end, work);
 #endif
@@ -37,8 +35,8 @@ void kronecker(const Kronecker& args, int64_t begin, int64_t end) {
 void kronecker_quantize(const KroneckerQuantize& args, int64_t begin, int64_t end) {
   float* const work = work_for(args.transform);
 #if defined(__x86_64__)
-  pick(&kronecker_quantize_rows, &kronecker_quantize_avx2, &kronecker_quantize_avx512)(args, begin,
-                                                                                       end, work);
+  pick(&kronecker_quantize_rows, &kronecker_quantize_avx2, &kronecker_quantize_avx512,
+       &kronecker_quantize_amx)(args, begin, end, work);
 #else
   kronecker_quantize_rows(args, begin, end, work);
 #endif

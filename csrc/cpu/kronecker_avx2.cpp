@@ -6,9 +6,11 @@
 namespace fq::cpu {
 namespace {
 
-constexpr int kTileRows = 4;
+constexpr int kTileRows = 2;
 
 #include "row_body.h"
+
+#include "row_codes.h"
 
 #include "kronecker_body.h"
 

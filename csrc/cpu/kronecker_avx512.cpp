@@ -10,6 +10,8 @@ constexpr int kTileRows = 8;
 
 #include "row_body.h"
 
+#include "row_codes.h"
+
 #include "kronecker_body.h"
 
 }  // namespace

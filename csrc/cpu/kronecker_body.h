@@ -3,7 +3,11 @@
 //
 // Both products are C = A B with B's rows padded to whole Floats:
 //   S [n1, n2] = round_T(left [n1, n1] X [n1, n2]),   Y [n1, n2] = S right [n2, n2].
-// Every element is one chain of fused multiply-adds over ascending k, so the tile changes no bit.
+// The terms of an element join its sum in parts of 32, ascending: even = fma over the even k of a
+// part, ascending from 0, odd likewise, sum = sum + (even + odd). So no tile changes a bit, and the
+// matrix unit of AMX, whose order this is, gives the same: kronecker_amx.cpp.
+
+constexpr int64_t kPart = 32;
 
 // kRows rows of C, kVectors Floats wide: the sums stay in registers.
 template <int kRows, int kVectors>
@@ -12,13 +16,28 @@ inline __attribute__((always_inline)) void product_tile(const float* a, int64_t 
                                                         float* c) {
   Floats sum[kRows][kVectors];
   for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = Floats::splat(0.0f);
-  for (int64_t k = 0; k < depth; ++k)
-    for (int v = 0; v < kVectors; ++v) {
-      const Floats column = Floats::load(b + k * n + v * kLanes);
-      for (int r = 0; r < kRows; ++r)
-        sum[r][v] = fma(Floats::splat(a[r * a_stride + k]), column, sum[r][v]);
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = zeros();
+  for (int64_t first = 0; first < depth; first += kPart) {
+    const int64_t stop = first + kPart < depth ? first + kPart : depth;
+    Floats even[kRows][kVectors], odd[kRows][kVectors];
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < kVectors; ++v) even[r][v] = odd[r][v] = zeros();
+    const auto term = [&](int64_t k, auto& sums) __attribute__((always_inline)) {
+      for (int v = 0; v < kVectors; ++v) {
+        const Floats column = Floats::load(b + k * n + v * kLanes);
+        for (int r = 0; r < kRows; ++r)
+          sums[r][v] = fma(Floats::splat(a[r * a_stride + k]), column, sums[r][v]);
+      }
+    };
+    int64_t k = first;
+    for (; k + 2 <= stop; k += 2) {
+      term(k, even);
+      term(k + 1, odd);
     }
+    if (k < stop) term(k, even);
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = sum[r][v] + (even[r][v] + odd[r][v]);
+  }
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVectors; ++v) sum[r][v].store(c + r * n + v * kLanes);
 }
@@ -49,11 +68,17 @@ inline void copy_padded(const float* x, int64_t rows, int64_t columns, float* ou
   }
 }
 
+// What a Workspace needs.
+inline int64_t work_floats(const Transform& t) {
+  const int64_t factors =
+      (t.left ? whole_lanes(t.n1 * t.n1) : 0) + (t.right ? t.n2 * whole_lanes(t.n2) : 0);
+  return whole_lanes(t.n1 * t.n2) + 2 * t.n1 * whole_lanes(t.n2) + factors;
+}
+
 // The factors, widened once per call, and room for one row.
 struct Workspace {
   float *left, *right, *row, *x, *s;
 
-  // work: see work_for in kronecker.cpp.
   Workspace(const Transform& t, Dtype dtype, float* work) {
     const int64_t matrix = t.n1 * whole_lanes(t.n2);
     row = work;
@@ -113,11 +138,22 @@ inline void kronecker_rows(const Kronecker& args, int64_t begin, int64_t end, fl
   }
 }
 
+// Codes of row i from its transform. bytes: see quantize_row. squares: sum of v^2, if rms.
+inline void quantize_transformed(const KroneckerQuantize& args, int64_t i, const float* y,
+                                 float squares, uint8_t* bytes) {
+  const int64_t size = row_bytes(args.grid, args.k);
+  const ScaleZero found =
+      quantize_row(y, args.k, args.clip, args.grid, args.codes + i * size, bytes);
+  args.scale[i] =
+      args.rms ? found.scale * rms_reciprocal(squares, args.k, args.rms_eps) : found.scale;
+  if (args.zero) args.zero[i] = found.zero;
+}
+
 inline void kronecker_quantize_rows(const KroneckerQuantize& args, int64_t begin, int64_t end,
                                     float* work) {
   const Workspace w(args.transform, args.dtype, work);
   uint8_t* const bytes = reinterpret_cast<uint8_t*>(w.s);  // free once the row is transformed
-  const int64_t k = args.k, size = row_bytes(args.grid, k);
+  const int64_t k = args.k;
   for (int64_t i = begin; i < end; ++i) {
     widen_row(args.x, args.dtype, i * k, k, w.row);
     if (args.gate) {
@@ -126,12 +162,8 @@ inline void kronecker_quantize_rows(const KroneckerQuantize& args, int64_t begin
       for (int64_t j = 0; j < k; ++j) w.row[j] = silu(gate[j]) * w.row[j];
       round_row(w.row, args.dtype, k);
     }
-    float norm = 1.0f;
-    if (args.rms) norm = rms_reciprocal(sum_of_squares(w.row, k), k, args.rms_eps);
+    const float squares = args.rms ? sum_of_squares(w.row, k) : 0.0f;
     transform_row(args.transform, args.dtype, w);
-    const ScaleZero found =
-        quantize_row(w.row, k, args.clip, args.grid, args.codes + i * size, bytes);
-    args.scale[i] = args.rms ? found.scale * norm : found.scale;
-    if (args.zero) args.zero[i] = found.zero;
+    quantize_transformed(args, i, w.row, squares, bytes);
   }
 }

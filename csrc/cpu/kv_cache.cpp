@@ -11,6 +11,8 @@ namespace {
 
 #include "row_body.h"
 
+#include "row_codes.h"
+
 #include "kv_cache_body.h"
 
 }  // namespace

@@ -1,7 +1,7 @@
 // kv_quantize_append and kv_dequantize: rows of a KV cache, quantized per token and head on the
 // asymmetric grid of contract.h. A body: it is included into the anonymous namespace of one file
-// per instruction set; needs lanes.h, scratch.h and row_body.h before it. All variants give the
-// same bits.
+// per instruction set; needs lanes.h, scratch.h, row_body.h and row_codes.h before it. All variants
+// give the same bits.
 //
 //   append: y = x P (float32, P rounded to T, i ascending, fma), then scale, zero and codes of y
 //           codes [batch_heads, capacity, packed_bytes(head_dim, bits)], even index in the low bits
@@ -25,7 +25,7 @@ inline void transform_rows(const float* x, const float* matrix, int64_t d, int64
   }
 }
 
-inline void pack_row(const int32_t* codes, int64_t d, int bits, uint8_t* out) {
+inline void pack_row(const uint8_t* codes, int64_t d, int bits, uint8_t* out) {
   if (bits == 2)  // codes has room for, and zeros in, whole lanes
     for (int64_t b = 0; b < packed_bytes(d, 2); ++b)
       out[b] = static_cast<uint8_t>(codes[4 * b] | codes[4 * b + 1] << 2 | codes[4 * b + 2] << 4 |
@@ -34,11 +34,11 @@ inline void pack_row(const int32_t* codes, int64_t d, int bits, uint8_t* out) {
     for (int64_t b = 0; b < packed_bytes(d, 4); ++b)
       out[b] = pack_nibbles(codes[2 * b], codes[2 * b + 1]);
   else
-    for (int64_t b = 0; b < d; ++b) out[b] = static_cast<uint8_t>(codes[b]);
+    for (int64_t b = 0; b < d; ++b) out[b] = codes[b];
 }
 
 // Quantizes y [d] into position `slot` of the cache. codes is working space, whole lanes of d.
-inline void append_row(const KvQuantizeAppend& args, const float* y, int32_t* codes, int64_t slot) {
+inline void append_row(const KvQuantizeAppend& args, const float* y, uint8_t* codes, int64_t slot) {
   const int64_t d = args.head_dim, width = whole_lanes(d);
   const float clip_max = args.clip ? args.clip[0] : 1.0f,
               clip_min = args.clip ? args.clip[1] : 1.0f;
@@ -51,7 +51,7 @@ inline void append_row(const KvQuantizeAppend& args, const float* y, int32_t* co
   if (is_finite(grid.scale)) {
     const float lo = static_cast<float>(-grid.zero);
     const float hi = static_cast<float>(levels(args.bits) - grid.zero);
-    for (int64_t i = 0; i < d; ++i) codes[i] = code(y[i], grid.scale, lo, hi, grid.zero);
+    row_codes(y, d, grid.scale, range, lo, hi, grid.zero, codes);
   } else {
     for (int64_t i = 0; i < d; ++i) codes[i] = 0;
   }
@@ -65,7 +65,7 @@ inline void kv_quantize_append_body(const KvQuantizeAppend& args, int64_t begin,
       scratch((matrix_size + (2 * kRowGroup + 1) * width) * static_cast<int64_t>(sizeof(float))));
   float* const x = matrix + matrix_size;                                     // [kRowGroup, width]
   float* const y = x + kRowGroup * width;                                    // [kRowGroup, width]
-  int32_t* const codes = reinterpret_cast<int32_t*>(y + kRowGroup * width);  // [width]
+  uint8_t* const codes = reinterpret_cast<uint8_t*>(y + kRowGroup * width);  // [width]
 
   if (args.transform)
     for (int64_t i = 0; i < d; ++i) {

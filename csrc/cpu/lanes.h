@@ -1,8 +1,8 @@
 // Sixteen numbers at a time, on any instruction set: one AVX-512 register, two AVX registers or an
 // array. Floats hold float32, Bits the same as uint32. Every operation is one IEEE or integer
 // operation per lane, so a kernel written with them gives the same bits in every file that compiles
-// it. larger(a, b) is a > b ? a : b: b if one is NaN. Sums over the lanes have one order: halves
-// are folded onto each other, 8 + 8, 4 + 4, 2 + 2, 1 + 1.
+// it. larger(a, b) is a > b ? a : b: b if one is NaN; smaller likewise. Sums over the lanes have
+// one order: halves are folded onto each other, 8 + 8, 4 + 4, 2 + 2, 1 + 1.
 #pragma once
 
 #include <cstddef>
@@ -47,6 +47,9 @@ struct Bits {
     return {_mm512_srli_epi32(v, kBits)};
   }
   void store(void* p) const { _mm512_storeu_si512(p, v); }
+  void store_bytes(uint8_t* p) const {  // the lowest ones
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
+  }
 };
 FQ_LANES Bits operator+(Bits a, Bits b) { return {_mm512_add_epi32(a.v, b.v)}; }
 FQ_LANES Bits operator&(Bits a, Bits b) { return {_mm512_and_si512(a.v, b.v)}; }
@@ -74,6 +77,7 @@ FQ_LANES Floats operator*(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}
 FQ_LANES Floats operator/(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
 FQ_LANES Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 FQ_LANES Floats larger(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
+FQ_LANES Floats smaller(Floats a, Floats b) { return {_mm512_min_ps(a.v, b.v)}; }
 // x < bound ? less : other
 FQ_LANES Floats where_less(Floats x, Floats bound, Floats less, Floats other) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, bound.v, _CMP_LT_OQ), other.v, less.v)};
@@ -113,6 +117,15 @@ struct Bits {
   void store(void* p) const {
     _mm256_storeu_si256(static_cast<__m256i*>(p), lo);
     _mm256_storeu_si256(static_cast<__m256i*>(p) + 1, hi);
+  }
+  void store_bytes(uint8_t* p) const {  // the lowest ones
+    const __m256i byte = _mm256_set1_epi32(255);
+    const __m256i pairs =  // lanes 0-3, 8-11, 4-7, 12-15
+        _mm256_packus_epi32(_mm256_and_si256(lo, byte), _mm256_and_si256(hi, byte));
+    const __m256i ordered = _mm256_permute4x64_epi64(pairs, 0xd8);
+    const __m128i bytes =
+        _mm_packus_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
   }
 };
 FQ_LANES Bits operator+(Bits a, Bits b) {
@@ -167,6 +180,9 @@ FQ_LANES Floats fma(Floats a, Floats b, Floats c) {
 FQ_LANES Floats larger(Floats a, Floats b) {
   return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)};
 }
+FQ_LANES Floats smaller(Floats a, Floats b) {
+  return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)};
+}
 FQ_LANES Floats where_less(Floats x, Floats bound, Floats less, Floats other) {
   return {_mm256_blendv_ps(other.lo, less.lo, _mm256_cmp_ps(x.lo, bound.lo, _CMP_LT_OQ)),
           _mm256_blendv_ps(other.hi, less.hi, _mm256_cmp_ps(x.hi, bound.hi, _CMP_LT_OQ))};
@@ -214,6 +230,9 @@ struct Bits : Sixteen<uint32_t> {
   Bits right() const {
     return each([&](int i) { return v[i] >> kBits; });
   }
+  void store_bytes(uint8_t* p) const {  // the lowest ones
+    for (int i = 0; i < kLanes; ++i) p[i] = static_cast<uint8_t>(v[i]);
+  }
 };
 FQ_LANES Bits operator+(const Bits& a, const Bits& b) {
   return Bits::each([&](int i) { return a.v[i] + b.v[i]; });
@@ -260,6 +279,9 @@ FQ_LANES Floats fma(const Floats& a, const Floats& b, const Floats& c) {
 }
 FQ_LANES Floats larger(const Floats& a, const Floats& b) {
   return Floats::each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+FQ_LANES Floats smaller(const Floats& a, const Floats& b) {
+  return Floats::each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
 }
 FQ_LANES Floats where_less(const Floats& x, const Floats& bound, const Floats& less,
                            const Floats& other) {

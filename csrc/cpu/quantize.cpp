@@ -1,6 +1,8 @@
 // quantize_activation: rows of floats to codes (contract.h), the portable variant and the choice.
 #include "quantize.h"
 
+#include "lanes.h"
+
 #include "pick.h"
 #include "scratch.h"
 
@@ -8,6 +10,8 @@ namespace fq::cpu {
 namespace {
 
 #include "row_body.h"
+
+#include "row_codes.h"
 
 #include "quantize_body.h"
 

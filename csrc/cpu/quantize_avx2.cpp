@@ -1,10 +1,14 @@
 // quantize_activation for AVX2 + FMA: the plain loops, compiled for it.
 #include "quantize.h"
 
+#include "lanes.h"
+
 namespace fq::cpu {
 namespace {
 
 #include "row_body.h"
+
+#include "row_codes.h"
 
 #include "quantize_body.h"
 

@@ -1,4 +1,4 @@
-// Rows of numbers: widening, rounding, their range, their codes. A body: it is included into the
+// Rows of numbers: widening, rounding, their range. A body: it is included into the
 // anonymous namespace of one file per instruction set, so it includes nothing and needs ../ops.h
 // before it. Loops run over contiguous elements and hold no branch, which lets the compiler
 // vectorise them; every element is computed alone, so each instruction set gives the same bits.
@@ -67,38 +67,4 @@ inline Range range_of(const float* y, int64_t k) {
     below = minus > below ? minus : below;
   }
   return {float_of(static_cast<uint32_t>(above)), -float_of(static_cast<uint32_t>(below))};
-}
-
-// Codes of one row, in the grid's layout. bytes: room for k + 1 codes.
-inline ScaleZero quantize_row(const float* y, int64_t k, const float* clip, const Grid& grid,
-                              uint8_t* codes, uint8_t* bytes) {
-  const Range range = range_of(y, k);
-  const float clip_max = clip ? clip[0] : 1.0f, clip_min = clip ? clip[1] : 1.0f;
-  ScaleZero row;
-  if (grid.symmetric)
-    row = {symmetric_scale(range.max, range.min, clip_max, clip_min, grid.bits), 0};
-  else
-    row = asymmetric_scale(range.max, range.min, clip_max, clip_min, grid.bits);
-
-  const int64_t size = row_bytes(grid, k);
-  const bool nibbles = grid.bits <= 4 && grid.layout == Layout::kPacked;
-  if (!is_finite(row.scale)) {
-    for (int64_t j = 0; j < size; ++j) codes[j] = 0;
-    return row;
-  }
-  const int32_t lowest = grid.symmetric ? qmin(grid.bits, grid.narrow) : -row.zero;
-  const int32_t highest = grid.symmetric ? qmax(grid.bits) : levels(grid.bits) - row.zero;
-  const float lo = static_cast<float>(lowest), hi = static_cast<float>(highest);
-  uint8_t* const out = nibbles ? bytes : codes;
-  for (int64_t j = 0; j < k; ++j)
-    out[j] = static_cast<uint8_t>(code(y[j], row.scale, lo, hi, row.zero));
-  if (nibbles) {
-    bytes[k] = 0;  // the partner of the last code, if k is odd
-    for (int64_t j = 0; j < size; ++j) {
-      uint16_t pair;  // little endian: the even code is the low byte
-      __builtin_memcpy(&pair, bytes + 2 * j, 2);
-      codes[j] = static_cast<uint8_t>((pair & 15) | ((pair >> 4) & 0xf0));
-    }
-  }
-  return row;
 }
