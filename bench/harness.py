@@ -1,10 +1,10 @@
-"""Timing done one way everywhere: check the answer, warm up, rotate buffers, report the spread."""
+"""Timing done one way everywhere: warm up, rotate buffers, take turns, report the spread."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import Tensor
 
 #: Buffers are rotated until a round touches this many bytes: three times the caches of most chips.
 _ROTATED_BYTES = 3 * 64 * 2**20
+#: Seconds that a burst of calls takes, about; what counts as a short call; rounds at most.
+_BURST, _SHORT, _MOST_ROUNDS = 2e-3, 2e-2, 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,11 @@ class Timing:
     least: float
     samples: int
 
+    @property
+    def spread(self) -> float:
+        """Between the 10th and the 90th percentile, as a share of the median."""
+        return (self.p90 - self.p10) / self.median
+
     def __str__(self) -> str:
         return (
             f"{self.median * 1e6:9.1f} us  (p10 {self.p10 * 1e6:.1f}, p90 {self.p90 * 1e6:.1f}, "
@@ -32,50 +39,58 @@ class Timing:
         )
 
 
-def measure(
-    call: Callable[..., object],
-    inputs: Sequence[Sequence[Any]],
-    *,
-    check: Callable[[], None] | None = None,
-    samples: int = 30,
-    seconds: float = 2.0,
-) -> Timing:
-    """Time `call(*inputs[i])`, taking turns through the inputs so that none stays in a cache.
+def race(
+    contestants: Mapping[str, Callable[[int], object]], *, seconds: float, rounds: int = 5
+) -> dict[str, Timing]:
+    """Time contestants by turns (A B C A B C ...), so that whatever disturbs the machine hits all.
+
+    A sample is a burst of calls. One that is not counted goes before short ones, because the first
+    call finds the threads asleep and the caches full of another contestant's data.
 
     Args:
-        call: what to time. On CUDA it must use the current stream; it is timed with events.
-        inputs: argument lists, from `rotate`.
-        check: compares the call with its reference and raises; it runs first, so that a wrong
-            kernel is never timed.
-        samples: at least so many.
-        seconds: go on sampling for about so long.
+        contestants: name -> `call(index)`; the index counts up, for choosing buffers that have left
+            the caches.
+        seconds: that all rounds together should take.
+        rounds: at least so many.
 
     Raises:
-        ValueError: there are no inputs or no samples.
+        ValueError: `rounds` is less than 1.
     """
-    if not inputs or samples < 1:
-        raise ValueError(
-            f"measure: {len(inputs)} inputs and {samples} samples: there must be one of each"
-        )
-    if check is not None:
-        check()
-    on_cuda = any(isinstance(value, Tensor) and value.is_cuda for value in inputs[0])
-    once = _time_cuda if on_cuda else _time_cpu
-    for index in range(max(3, min(len(inputs), 10))):
-        once(call, inputs[index % len(inputs)])
-    times: list[float] = []
-    start = time.perf_counter()
-    while len(times) < samples or time.perf_counter() - start < seconds:
-        times.append(once(call, inputs[len(times) % len(inputs)]))
-        if len(times) >= 100_000:
-            break
-    times.sort()
+    if rounds < 1:
+        raise ValueError(f"race: rounds is {rounds}: it must be at least 1")
+    turn = dict.fromkeys(contestants, 0)
+
+    def burst(name: str, calls: int, warm_up: bool) -> float:
+        call, index = contestants[name], turn[name]
+        turn[name] += calls + warm_up
+        if warm_up:
+            call(index)
+        start = time.perf_counter()
+        for offset in range(warm_up, warm_up + calls):
+            call(index + offset)
+        return (time.perf_counter() - start) / calls
+
+    once = {name: min(burst(name, 1, False) for _ in range(2)) for name in contestants}
+    calls = {name: max(1, min(50, int(_BURST / max(once[name], 1e-7)))) for name in contestants}
+    samples: dict[str, list[float]] = {name: [] for name in contestants}
+    end = time.perf_counter() + seconds
+    done = 0
+    while done < rounds or (time.perf_counter() < end and done < _MOST_ROUNDS):
+        for name in contestants:
+            samples[name].append(burst(name, calls[name], once[name] < _SHORT))
+        done += 1
+    return {name: timing(times) for name, times in samples.items()}
+
+
+def timing(times: Iterable[float]) -> Timing:
+    """The summary of some samples, at least one."""
+    ordered = sorted(times)
     return Timing(
-        median=statistics.median(times),
-        p10=times[len(times) // 10],
-        p90=times[(len(times) * 9) // 10],
-        least=times[0],
-        samples=len(times),
+        median=statistics.median(ordered),
+        p10=ordered[len(ordered) // 10],
+        p90=ordered[(len(ordered) * 9) // 10],
+        least=ordered[0],
+        samples=len(ordered),
     )
 
 
@@ -113,14 +128,7 @@ def measure_in_graph(
                 call(*arguments)
     for _ in range(3):
         graph.replay()
-    times = sorted(_time_cuda(graph.replay, ()) / (rounds * len(inputs)) for _ in range(samples))
-    return Timing(
-        median=statistics.median(times),
-        p10=times[len(times) // 10],
-        p90=times[(len(times) * 9) // 10],
-        least=times[0],
-        samples=len(times),
-    )
+    return timing(_time_cuda(graph.replay, ()) / (rounds * len(inputs)) for _ in range(samples))
 
 
 def rotate(make: Callable[[int], Sequence[Any]], *, most: int = 64) -> list[Sequence[Any]]:
@@ -134,12 +142,6 @@ def rotate(make: Callable[[int], Sequence[Any]], *, most: int = 64) -> list[Sequ
     size = sum(x.numel() * x.element_size() for x in inputs[0] if isinstance(x, Tensor))
     count = min(most, max(1, -(-_ROTATED_BYTES // max(size, 1))))
     return inputs + [make(index) for index in range(1, count)]
-
-
-def _time_cpu(call: Callable[..., object], arguments: Sequence[object]) -> float:
-    start = time.perf_counter()
-    call(*arguments)
-    return time.perf_counter() - start
 
 
 def _time_cuda(call: Callable[..., object], arguments: Sequence[object]) -> float:

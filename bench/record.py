@@ -1,7 +1,7 @@
 """Figures as JSON lines in docs/results, and the pages that quote them.
 
 `append` adds one figure to docs/results/<topic>.jsonl. Run as a script, this module writes
-docs/results.md from all of them and fills in the README, where a figure stands as
+docs/results.md from all of them, with pictures, and fills in the README, where a figure stands as
 
     <!-- result: WHAT -->29.19<!-- end -->
 
@@ -11,6 +11,7 @@ A figure that was measured again is quoted in its newest version; the older line
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import platform
@@ -22,11 +23,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import plots
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 MISSING = "not measured"
+#: Topics of many figures, shown as tables: the last part of `what` is the column.
+_CROSSED = ("op-speed", "model-speed")
 _QUOTE = re.compile(r"(<!-- result: (?P<what>.+?) -->)(.*?)(<!-- end -->)")
 
 
@@ -61,9 +65,7 @@ class Figure:
             raise ValueError(f"Figure: value of {self.what} is {self.value!r}: it must be a number")
 
     def __str__(self) -> str:
-        size = abs(self.value)
-        digits = f"{self.value:.4g}" if size < 1000 else f"{self.value:,.0f}"
-        return f"{digits} {self.unit}".strip()
+        return f"{_digits(self.value)} {self.unit}".strip()
 
 
 def append(
@@ -75,6 +77,7 @@ def append(
     device: str = "cpu",
     command: str | None = None,
     folder: Path | None = None,
+    quiet: bool = False,
 ) -> Figure:
     """Add one figure to <folder>/<topic>.jsonl and print it.
 
@@ -87,6 +90,7 @@ def append(
         command: how it was measured; None takes the process's own command line.
         folder: None is $OUT where that is set (a measuring script on another machine), else
             docs/results.
+        quiet: print nothing.
     """
     figure = Figure(
         what=what,
@@ -94,7 +98,7 @@ def append(
         unit=unit,
         machine=machine_name(),
         device=device,
-        commit=_commit(),
+        commit=commit(),
         command=command or _command(),
         date=datetime.date.today().isoformat(),
     )
@@ -102,7 +106,8 @@ def append(
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{topic}.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(asdict(figure)) + "\n")
-    print(f"{figure.what}: {figure}", flush=True)
+    if not quiet:
+        print(f"{figure.what}: {figure}", flush=True)
     return figure
 
 
@@ -133,6 +138,15 @@ def newest(figures: list[Figure]) -> list[Figure]:
     return list(latest.values())
 
 
+def rows_on_record(topic: str) -> set[str]:
+    """All but the last part of `what`, of figures of this very code on this machine."""
+    return {
+        figure.what.rpartition("/")[0]
+        for figure in read().get(topic, [])
+        if (figure.commit, figure.machine) == (commit(), machine_name())
+    }
+
+
 def page(topics: Mapping[str, list[Figure]]) -> str:
     """The text of docs/results.md."""
     lines = [
@@ -144,18 +158,15 @@ def page(topics: Mapping[str, list[Figure]]) -> str:
     ]
     for topic, figures in topics.items():
         lines += ["", f"## {topic.replace('-', ' ').replace('_', ' ').capitalize()}"]
+        note = RESULTS / f"{topic}.md"  # what a reader must know of these figures
+        lines += ["", note.read_text(encoding="utf-8").strip()] if note.exists() else []
         groups: dict[tuple[str, str], list[Figure]] = {}
         for figure in newest(figures):
             groups.setdefault((figure.machine, figure.device), []).append(figure)
         for (machine, device), group in groups.items():
             lines += ["", f"On {machine}; device: {device}.", ""]
-            lines += ["| what | value | command | commit | date |", "|---|---:|---|---|---|"]
-            lines += [
-                f"| {f.what} | {f} | `{f.command}` | {f.commit} | {f.date} |".replace(
-                    "||", "\\|\\|"
-                )
-                for f in group
-            ]
+            lines += _crossed(group) if topic in _CROSSED else _listed(group)
+        lines += [f"\n![{name}](results/{name})" for name in plots.draw(topic, figures)]
     if not topics:
         lines += ["", "Nothing has been measured yet."]
     unproved = never_run(topics)
@@ -166,6 +177,40 @@ def page(topics: Mapping[str, list[Figure]]) -> str:
         ]
         lines += ["", *(f"- `csrc/cuda/{name}`" for name in unproved)]
     return "\n".join(lines) + "\n"
+
+
+def _listed(figures: list[Figure]) -> list[str]:
+    """A table with a line for each figure."""
+    lines = ["| what | value | command | commit | date |", "|---|---:|---|---|---|"]
+    return lines + [
+        f"| {f.what} | {f} | `{f.command}` | {f.commit} | {f.date} |".replace("||", "\\|\\|")
+        for f in figures
+    ]
+
+
+def _crossed(figures: list[Figure]) -> list[str]:
+    """Tables whose rows are all but the last part of `what`, its columns that part; by unit."""
+    lines = []
+    origins = dict.fromkeys(f"`{f.command}`, commit {f.commit}, {f.date}" for f in figures)
+    lines += [f"- {origin}" for origin in origins]
+    for unit in dict.fromkeys(figure.unit for figure in figures):
+        rows: dict[str, dict[str, float]] = {}
+        for figure in figures:
+            if figure.unit == unit:
+                name, _, column = figure.what.rpartition("/")
+                rows.setdefault(name, {})[column] = figure.value
+        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+        lines += ["", f"| {unit} | " + " | ".join(columns) + " |"]
+        lines += ["|---|" + "---:|" * len(columns)]
+        for name, values in rows.items():
+            cells = [_digits(values[column]) if column in values else "" for column in columns]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _digits(value: float) -> str:
+    """Four significant digits, and separated thousands."""
+    return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def never_run(topics: Mapping[str, list[Figure]]) -> list[str]:
@@ -213,9 +258,12 @@ def _command() -> str:
     return shlex.join(word.removeprefix(home) for word in words)
 
 
-def _commit() -> str:
-    commit = _output("git", "rev-parse", "--short=10", "HEAD") or "unknown"
-    return commit + ("+" if _output("git", "status", "--porcelain", "-uno") else "")
+@functools.cache
+def commit() -> str:
+    """The commit of the code, with "+" after it where files had been changed since."""
+    name = _output("git", "rev-parse", "--short=10", "HEAD") or "unknown"
+    changed = _output("git", "status", "--porcelain", "-uno", "--", ".", ":!docs", ":!*.md")
+    return name + ("+" if changed else "")
 
 
 def _output(*command: str) -> str:
@@ -230,6 +278,9 @@ def main() -> None:
     """Write docs/results.md and the README's figures."""
     topics = read()
     (ROOT / "docs" / "results.md").write_text(page(topics), encoding="utf-8")
+    for topic, figures in topics.items():
+        for name, text in plots.draw(topic, figures).items():
+            (RESULTS / name).write_text(text, encoding="utf-8")
     readme = ROOT / "README.md"
     readme.write_text(fill_in(readme.read_text(encoding="utf-8"), topics), encoding="utf-8")
     print(f"docs/results.md: {sum(map(len, topics.values()))} figures of {len(topics)} topics")
