@@ -4,13 +4,14 @@
 #   make test        build, then every test that is not marked long
 #   make test-long   what takes longer: mutations, kill loops, the portable kernels on their own
 #   make lint        ruff, mypy, clang-format, and the list of long files
-#   make bench       time the ops on this machine and record the figures
+#   make bench       time ops and whole models on this machine against their peers, and record the figures
+#   make bench-peers compile llama.cpp as a peer for make bench, which takes a quarter of an hour or more
 #   make docs        write docs/results.md and the README's numbers from docs/results/*.jsonl
 #   make format      let ruff and clang-format rewrite the sources
 #
 # Variables: PYTHON (which Python makes the environment), VENV (where), TORCH_INDEX (another package index to look for
 # torch in), TORCH (the exact requirement, for example TORCH=torch==2.13.0 for the CUDA build), DEMO, PYTEST and BENCH
-# (options), MAX_JOBS (compilers at a time), WORKERS (test processes).
+# (options, for example BENCH=--quick), MAX_JOBS (compilers at a time), WORKERS (test processes).
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -45,7 +46,7 @@ CHECKS := pytest pytest-xdist ruff mypy clang-format pre-commit
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null) $(wildcard setup.py CMakeLists.txt pyproject.toml)
 CPP_SOURCES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup build demo test test-long lint bench docs format clean
+.PHONY: help setup build demo test test-long lint bench bench-peers docs format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -115,6 +116,12 @@ lint: $(STAMPS)/packages
 bench: build $(STAMPS)/model
 	$(BIN)/python bench/bench_ops.py $(BENCH)
 	$(BIN)/python bench/bench_models.py $(BENCH)
+
+# g++ 12 drops the stores in front of ldtilecfg: without these flags llama.cpp ends with an illegal instruction on
+# processors with AMX.
+bench-peers: $(STAMPS)/packages
+	flags=; if g++ -dumpversion 2>/dev/null | grep -q '^12'; then flags="-DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'"; fi; \
+	CMAKE_ARGS="$${CMAKE_ARGS-$$flags}" $(PIP) install -c constraints.txt llama-cpp-python
 
 docs: $(STAMPS)/packages
 	$(BIN)/python bench/record.py
