@@ -28,9 +28,13 @@ SOURCES = {
     "kronecker": ("transform*.cu",),
     "kronecker_quantize": ("transform*.cu",),
     "hadamard": ("hadamard*.cu",),
-    "gemm_w4a4": ("gemm.cu", "gemm_mma*.cu", "gemm_s4*.cu"),
-    "gemm_w4a8": ("gemm.cu", "gemm_mma*.cu", "gemm_s8s4*.cu", "gemm_mixed*.cu"),
-    "gemm_w8a8": ("gemm.cu", "gemm_mma*.cu", "gemm_bytes*.cu"),
+    "gemm_w4a4": ("gemm.cu", "gemm_mma*.cu", "gemm_stream*.cu", "gemm_s4*.cu"),
+    "gemm_w4a8": ("gemm.cu", "gemm_mma*.cu", "gemm_stream*.cu", "gemm_s8s4*.cu", "gemm_mixed*.cu"),
+    "gemm_w8a8": ("gemm.cu", "gemm_mma*.cu", "gemm_stream*.cu", "gemm_bytes*.cu"),
+    "gemm_w4a16": ("gemm_w4a16*.cu",),
+    "kv_quantize_append": ("kv_cache_append.cu",),
+    "kv_dequantize": ("kv_cache.cu",),
+    "attention_decode": ("attention*.cu",),
 }
 
 EXTRA = [  # rows that reach the fast kernels, which the small rows of the table do not
@@ -51,6 +55,38 @@ EXTRA = [  # rows that reach the fast kernels, which the small rows of the table
         for op in ("gemm_w4a4", "gemm_w4a8", "gemm_w8a8")
         for m in (1, 17, 130, 700)
         for options in ({}, {"bias": torch.bfloat16, "residual": True}, {"symmetric": False})
+    ),
+    *(
+        Case(op, ((m,), 1000 + 8 * m, 4096))  # every number of tokens that weights stream past
+        for op in ("gemm_w4a4", "gemm_w4a8", "gemm_w8a8")
+        for m in range(1, 34)
+    ),
+    *(
+        Case("gemm_w4a16", ((m,), 520 + m, 2048, groups), {"bits": 2 + m % 3})
+        for m in (*range(1, 34), 70, 300)
+        for groups in (1, 64)
+    ),
+    *(
+        Case("kv_quantize_append", (2, 4, t, d), {"capacity": 1200, "transform": True, "bits": b})
+        for t in (1, 1100)
+        for d, b in ((64, 4), (80, 2), (96, 3), (128, 4), (256, 8))
+    ),
+    Case("kv_quantize_append", (4, 8, 300, 128), {"capacity": 16, "blocks": 80}),
+    Case("kv_dequantize", (2, 8, 1024, 128), {"length": 1000}),
+    Case("kv_dequantize", (4, 2, 64, 128), {"blocks": 9, "lengths": (576, 1, 300, 64)}),
+    *(
+        Case("attention_decode", (2, group * heads, heads, tq, d, 4096), {"length": 4001, **bits})
+        for group, heads, d in ((3, 3, 64), (1, 4, 80), (1, 4, 96), (4, 8, 128), (8, 1, 256))
+        for tq in (1, 4)
+        for bits in ({}, {"k_bits": 2, "v_bits": 8})
+    ),
+    *(
+        Case(
+            "attention_decode",
+            (4, 32, 8, tq, 128, 16),
+            {"blocks": 300, "lengths": (4700, 256, 257, 1), "window": window},
+        )
+        for tq, window in ((1, 0), (1, 1000), (16, 0))
     ),
 ]
 

@@ -1,11 +1,15 @@
 """Time the CUDA ops against their floors and against plain PyTorch, on the current GPU.
 
-    python bench/gpu_ops.py [ceilings] [transform] [gemm] [splits] [--seconds-left S]
+    python bench/gpu_ops.py [PART ...] [--seconds-left S]
 
 ceilings: what this card reaches: copy bandwidth, bfloat16 and int8 products of cuBLAS.
 transform: transform and quantizer in one launch, over the widths and batches of the FlatQuant
     paper's kernel table (prefill of 2048 tokens and decoding), against unfused PyTorch.
 gemm: layers of LLaMA and Qwen models, against cuBLAS bfloat16 and torch's int8 product.
+decode: layers past 1 to 32 tokens, 4-bit weights with 4-, 8- and 16-bit activations, against cuBLAS
+    bfloat16, torch's int8 product and, where it is installed, Humming.
+attention: appending to a 4-bit cache and attending to it, one token per sequence, against SDPA over
+    a bfloat16 cache of the same sizes.
 splits: the paper's figures 5 and 6: every Kronecker split of 4096 channels, and what each online
     transform of a LLaMA-2-7B layer costs.
 
@@ -47,6 +51,8 @@ LAYERS = {  # model and place: out_features, in_features
     "8192x8192": (8192, 8192),
 }
 TOKENS = (16, 256, 2048, 8192)
+DECODE_SHAPES = ((8192, 8192), (4096, 4096), (11008, 4096), (28672, 8192))  # out, in
+DECODE_TOKENS = (1, 16, 4, 32, 8, 2, 24)  # the most telling first
 
 wrong: list[str] = []
 
@@ -240,9 +246,208 @@ def gemm_table(ceilings: Ceilings, left_s: Callable[[], float]) -> None:
                     figure("gpu-gemm", f"{name}/against {baseline}", ratio, "x")
 
 
+def humming_times(n: int, k: int, tokens: int) -> dict[str, Timing]:
+    """The same product by the kernels of humming-kernels, where they are installed and run."""
+    try:
+        from humming.layer import HummingLayer  # type: ignore[import-not-found]
+    except ImportError:
+        return {}
+    times = {}
+    for name, config in (("W4A8", {"dtype": "int8"}), ("W4A16", None)):
+        try:
+            weight = torch.randn(n, k, dtype=torch.bfloat16, device="cuda")
+
+            def make(index: int, config: Any = config, weight: Tensor = weight) -> list[Any]:
+                layer = HummingLayer(
+                    shape_n=n,
+                    shape_k=k,
+                    weight_config={"dtype": "int4"},
+                    input_config=config,
+                    torch_dtype=torch.bfloat16,
+                ).cuda()
+                layer.load_from_unquantized(weight)
+                layer.transform()
+                x = torch.randn(tokens, k, dtype=torch.bfloat16, device="cuda")
+                if config is None:
+                    return [layer, x, None]
+                codes = torch.randint(-127, 128, (tokens, k), device="cuda").to(torch.int8)
+                return [layer, codes, torch.rand(tokens, 1, device="cuda")]
+
+            def call(layer: Any, x: Tensor, scale: Tensor | None) -> Tensor:
+                result: Tensor = layer(x, input_scale=scale)
+                return result
+
+            count = min(64, -(-3 * 64 * 2**20 // (n * k // 2)))  # layers: past the caches
+            inputs = [make(index) for index in range(count)]
+            times[f"Humming {name}"] = measure_in_graph(call, inputs, calls=16)
+        except Exception as error:  # a contestant that fails is no reason to stop
+            print(f"humming {name} {k}->{n}: {str(error).splitlines()[:1]}", flush=True)
+    return times
+
+
+def decode_inputs(op: str, m: int, n: int, k: int) -> Callable[[int], list[Tensor]]:
+    """Fresh arguments of a product with 4-bit weights."""
+
+    def make(index: int) -> list[Tensor]:
+        generator = torch.Generator("cuda").manual_seed(index)
+        options: dict[str, Any] = {"device": "cuda", "generator": generator}
+        w = torch.randint(0, 256, (n, k // 2), **options).to(torch.uint8)
+        if op == "gemm_w4a16":
+            x = torch.randn(m, k, **options).bfloat16()
+            return [x, w, torch.rand(n, k // 128, **options)]
+        codes = torch.randint(-8, 8, (m, k), **options).to(torch.int8)
+        a = packing.pack_nibbles(codes) if op == "gemm_w4a4" else codes
+        return [a, torch.rand(m, **options), w, torch.rand(n, **options)]
+
+    return make
+
+
+def decode_answers(op: str, inputs: list[Tensor]) -> bool:
+    """Whether the first tokens' answers are right: bit for bit, or those of the float product."""
+    rows = [t[:2] if i < (1 if op == "gemm_w4a16" else 2) else t for i, t in enumerate(inputs)]
+    function = getattr(ops, op)
+    if op != "gemm_w4a16":
+        got = function(*inputs, out_dtype=torch.bfloat16)[:2].cpu()
+        want = function(*(t.cpu() for t in rows), out_dtype=torch.bfloat16)
+        return torch.equal(got, want)
+    want = function(*(t.cpu() for t in rows)).float()
+    got = function(*inputs)[:2].cpu().float()
+    return bool(((got - want).abs() <= 2.0**-7 * want.abs() + 2.0**-8 * want.abs().max()).all())
+
+
+def decode_table(ceilings: Ceilings, left_s: Callable[[], float]) -> None:
+    """Few tokens: weights, rotated past the L2 cache, against the copy bandwidth of this card."""
+    for m in DECODE_TOKENS:
+        for n, k in DECODE_SHAPES:
+            if left_s() < 15:
+                return print("no time left for more of the decode table")
+            floats = [[torch.randn(rows, k, device="cuda").bfloat16() for rows in (m, n)]]
+            while len(floats) * n * k * 2 < 3 * 64 * 2**20:
+                floats.append([t.clone() for t in floats[0]])
+            plain = measure_in_graph(torch.nn.functional.linear, floats, calls=16)
+            del floats
+            times = {"cuBLAS bfloat16": plain}
+            if m > 16:  # torch's rule for its int8 product
+                make = decode_inputs("gemm_w4a8", m, n, k)
+                bytes_ = [
+                    (a, packing.unpack_nibbles(w, k).t()) for a, _, w, _ in map(make, range(4))
+                ]
+                times["torch._int_mm"] = measure_in_graph(torch._int_mm, bytes_, calls=16)
+                del bytes_
+            if m in (1, 16):
+                times |= humming_times(n, k, m)
+            for op in ("gemm_w4a8", "gemm_w4a4", "gemm_w4a16"):
+                if backend(op, "cuda") != "native":
+                    continue
+                name = f"decode {op}/{k}->{n}/{m} tokens"
+                inputs = rotate(decode_inputs(op, m, n, k))
+                if not decode_answers(op, list(inputs[0])):
+                    wrong.append(name)
+                    print(f"WRONG: {name}", flush=True)
+                    continue
+                timing = measure_in_graph(getattr(ops, op), inputs, calls=16)
+                moved = sum(t.numel() * t.element_size() for t in inputs[0]) + 2 * m * n
+                share = moved / timing.median / ceilings.bytes
+                figure("gpu-decode", f"{name}/time", timing.median * 1e6, "us")
+                figure("gpu-decode", f"{name}/share of copy bandwidth", share * 100, "%")
+                for baseline, other in times.items():
+                    ratio = other.median / timing.median
+                    figure("gpu-decode", f"{name}/against {baseline}", ratio, "x")
+
+
+#: Decoding: batch, query heads, heads of the cache, positions; head_dim 128.
+CONTEXTS = (
+    *((1, 32, 8, length) for length in (4096, 32768, 131072)),
+    *((1, 32, 32, length) for length in (4096, 32768)),
+    (16, 32, 8, 4096),
+    (16, 32, 32, 4096),
+)
+
+
+def cache_side(
+    batch: int, heads: int, length: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and zero points of 4 bits, head_dim 128."""
+    options: dict[str, Any] = {"device": "cuda", "generator": generator}
+    codes = torch.randint(0, 256, (batch, heads, length, 64), dtype=torch.uint8, **options)
+    scale = torch.rand(batch, heads, length, **options) * 0.2 + 0.01
+    return codes, scale, torch.randint(0, 16, scale.shape, dtype=torch.uint8, **options)
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What PyTorch has for it."""
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+def attention_table(ceilings: Ceilings, left_s: Callable[[], float]) -> None:
+    """Append and attend, against SDPA over bfloat16 in the same run."""
+    for batch, heads, kv_heads, length in CONTEXTS:
+        if left_s() < 15:
+            return print("no time left for more of the attention table")
+        name = f"{heads}/{kv_heads} heads of 128/{length} positions/batch {batch}"
+
+        def make(
+            index: int, batch: int = batch, heads: int = heads, n: int = kv_heads, t: int = length
+        ) -> list[Tensor]:
+            generator = torch.Generator("cuda").manual_seed(index)
+            sides = [*cache_side(batch, n, t, generator), *cache_side(batch, n, t, generator)]
+            x = torch.randn(3, batch, heads, 128, device="cuda", generator=generator).bfloat16()
+            new = [side[:, :n, None].contiguous() for side in x[1:]]
+            matrix = torch.randn(128, 128, device="cuda", generator=generator).bfloat16() / 11
+            slots = torch.arange(batch, device="cuda")[:, None] * t + t - 1
+            lengths = torch.full((batch,), t, dtype=torch.int32, device="cuda")
+            return [x[0, :, :, None].contiguous(), *sides, *new, matrix, slots, lengths]
+
+        def attend(*a: Tensor) -> Tensor:
+            return ops.attention_decode(*a[:7], lengths=a[11])
+
+        def append(*a: Tensor) -> None:
+            ops.kv_quantize_append(a[7], *a[1:4], transform=a[9], slots=a[10])
+            ops.kv_quantize_append(a[8], *a[4:7], slots=a[10])
+
+        def step(*a: Tensor) -> Tensor:
+            append(*a)
+            return attend(*a)
+
+        inputs = rotate(make, most=32)
+        first = [t for t in inputs[0] if isinstance(t, Tensor)]
+        few = [first[0][:1], *(t[:1].clone() for t in first[1:9]), first[9]]
+        few += [first[10][:1], first[11][:1]]
+        on_cpu = [t.cpu() for t in few]
+        got, want = step(*few), step(*on_cpu)
+        codes_agree = torch.equal(few[4].cpu(), on_cpu[4])
+        if not codes_agree or (got.cpu().float() - want.float()).abs().max() > 2e-2:
+            wrong.append(name)
+            print(f"WRONG: {name}", flush=True)
+            continue
+        times = {
+            part: measure_in_graph(call, inputs, calls=8)
+            for part, call in (("attend", attend), ("append", append), ("append, attend", step))
+        }
+        del inputs, first, few
+
+        def dense(
+            index: int, batch: int = batch, heads: int = heads, n: int = kv_heads, t: int = length
+        ) -> list[Tensor]:
+            generator = torch.Generator("cuda").manual_seed(index)
+            options: dict[str, Any] = {"device": "cuda", "generator": generator}
+            cache = [torch.randn(batch, n, t, 128, **options).bfloat16() for _ in range(2)]
+            return [torch.randn(batch, heads, 1, 128, **options).bfloat16(), *cache]
+
+        plain = measure_in_graph(dense_attention, rotate(dense, most=8), calls=8)
+        for part, timing in times.items():
+            figure("gpu-attention", f"{part}/{name}/time", timing.median * 1e6, "us")
+        figure("gpu-attention", f"SDPA bfloat16/{name}/time", plain.median * 1e6, "us")
+        both = times["append, attend"].median
+        figure("gpu-attention", f"append, attend/{name}/against SDPA", plain.median / both, "x")
+        moved = batch * kv_heads * length * 138
+        share = moved / times["attend"].median / ceilings.bytes
+        figure("gpu-attention", f"attend/{name}/share of copy bandwidth", share * 100, "%")
+
+
 def main() -> int:
     """Run the parts that are asked for; 1 without a GPU or after a wrong answer."""
-    parts = ("ceilings", "transform", "gemm", "splits")
+    parts = ("ceilings", "attention", "transform", "gemm", "decode", "splits")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(parts)}; none given: all")
     parser.add_argument("--seconds-left", type=float, default=1e9, help="stop in time")
@@ -261,6 +466,10 @@ def main() -> int:
     def left_s() -> float:
         return end - time.monotonic()
 
+    if "decode" in options.parts:
+        decode_table(ceilings, left_s)
+    if "attention" in options.parts:
+        attention_table(ceilings, left_s)
     if "gemm" in options.parts:
         gemm_table(ceilings, left_s)
     if "transform" in options.parts:

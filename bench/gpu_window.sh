@@ -7,7 +7,7 @@
 #   2. every op that has a CUDA kernel against the reference, then the op tests on the GPU: streams, CUDA graphs,
 #      another device, opcheck, torch.compile, real sizes, batch invariance
 #   3. compute-sanitizer: memcheck, racecheck, synccheck on a few rows of every op
-#   4. benchmarks: ceilings of the card, GEMM, transform, splits
+#   4. benchmarks: ceilings of the card, attention, GEMM, transform, splits
 #   5. the INT4 products of sm_8x, built for this card as a slow emulation, against the reference, if the folder
 #      $S4 holds such a build (FLATQUANT_TEST_S4=1 python setup.py build_ext --inplace in a copy of the tree)
 #
@@ -66,5 +66,5 @@ if [ -d "$S4" ]; then
   (cd "$S4" && PYTHONPATH="$PWD:$PWD/python" step s4 60 "$PYTHON" bench/gpu_cases.py --op gemm_w4a4 gemm_w4a8)
 fi
 left=$((end - SECONDS - 5))
-step bench "$left" "$PYTHON" bench/gpu_ops.py ceilings gemm transform splits --seconds-left $((left - 10))
+step bench "$left" "$PYTHON" bench/gpu_ops.py ceilings decode attention gemm transform splits --seconds-left $((left - 10))
 exit $failed

@@ -1,4 +1,4 @@
-// A whole stack of quantized decoder layers as one op: its struct, and how the backends run it.
+// A whole stack of quantized decoder layers as one op: its struct, and how the CPU runs it.
 //
 // A layer is:  norm, transform, codes -> q, k, v -> RoPE, K and V into the cache, attention ->
 // transform, codes -> o + residual -> norm, transform, codes -> gate, up -> SiLU(gate) * up,
@@ -88,14 +88,4 @@ void decoder_stack_begin(const DecoderStack& args, int64_t threads, void* worksp
 bool decoder_stack(const DecoderStack& args, int64_t thread, int64_t threads, void* workspace);
 
 }  // namespace cpu
-
-namespace cuda {
-
-// Memory of the current device, 256-byte aligned.
-int64_t decoder_stack_workspace(const DecoderStack& args);
-
-// Queues the whole stack on a stream; layers and caches are read before it returns. A cudaError_t.
-int decoder_stack(const DecoderStack& args, void* workspace, void* stream);
-
-}  // namespace cuda
 }  // namespace fq

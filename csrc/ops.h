@@ -139,6 +139,11 @@ struct KvQuantizeAppend {
   int64_t batch_heads, t, capacity, start, head_dim;
   int32_t bits;  // 2..8
   Dtype dtype, transform_dtype;
+  // Paged, which cuda:: knows only: a cache of `blocks` blocks of [kv_heads, capacity, ...]. Token
+  // i of sequence b goes to position slots[b, i] % capacity of block slots[b, i] / capacity; it is
+  // left out if there is no such block. `start` means nothing then.
+  const int64_t* slots = nullptr;  // [batch, t], optional
+  int64_t kv_heads = 0, blocks = 0;
 };
 
 // The first `length` positions of a cache, as floats: round((q - z) * s). Outer dimension:
@@ -151,6 +156,10 @@ struct KvDequantize {
   int64_t batch_heads, capacity, length, head_dim;
   int32_t bits;
   Dtype out_dtype;
+  // As in AttentionDecode, for cuda:: only. Positions from lengths[b] on give 0.
+  const int32_t* block_table = nullptr;
+  const int32_t* lengths = nullptr;
+  int64_t kv_heads = 0, blocks = 0, max_blocks = 0;
 };
 
 enum class Mask : int32_t { kNone = 0, kBool = 1, kAdditive = 2 };
@@ -178,6 +187,14 @@ struct AttentionDecode {
   float scaling;
   Mask mask_kind;
   Dtype dtype, mask_dtype;
+  // What follows cuda:: knows only. Paged: a cache of `blocks` blocks of [kv_heads, capacity, ...];
+  // position j of sequence b is in block block_table[b, j / capacity], and counts as a row of scale
+  // NaN if there is no such block.
+  const int32_t* block_table = nullptr;  // [batch, max_blocks], optional
+  // Query i may attend to positions below min(lengths[b], length) - tq + 1 + i, and if window > 0
+  // to the last `window` of those. Both on the device, so that a CUDA graph serves all lengths.
+  const int32_t* lengths = nullptr;  // [batch], optional
+  int64_t blocks = 0, max_blocks = 0, window = 0;
 };
 
 // x -> (q - z) * s, the quantized values as floats, for calibration. Outer dimension: rows.
@@ -234,9 +251,14 @@ int hadamard(const Hadamard& args, void* workspace, void* stream);
 int gemm_w4a4(const GemmInteger& args, void* workspace, void* stream);
 int gemm_w4a8(const GemmInteger& args, void* workspace, void* stream);
 int gemm_w8a8(const GemmInteger& args, void* workspace, void* stream);
+int gemm_w4a16(const GemmW4A16& args, void* workspace, void* stream);
+int kv_quantize_append(const KvQuantizeAppend& args, void* workspace, void* stream);
+int kv_dequantize(const KvDequantize& args, void* workspace, void* stream);
+int attention_decode(const AttentionDecode& args, void* workspace, void* stream);
 
 // Of the current device, and only what that op needs there.
 int64_t gemm_w4a4_workspace(const GemmInteger& args);
+int64_t attention_decode_workspace(const AttentionDecode& args);
 
 const char* error_string(int error);
 

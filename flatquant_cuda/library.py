@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import inspect
 import json
 import os
 import platform
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +69,34 @@ def find_kernels() -> None:
             for device, key in _KEYS.items()
             if has_kernel(f"flatquant_cuda::{op}", key)
         )
+
+
+def register_fake(op: str, function: Callable[..., object]) -> None:
+    """Make ``function`` the shape function of ``op``, if the library is there.
+
+    It is also what answers if some tensor is on the device ``meta``: so it refuses tensors on two
+    devices, as the kernels do.
+    """
+    if not loaded:
+        return
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def checked(*args: object, **kwargs: object) -> object:
+        tensors = []
+        for name, value in signature.bind(*args, **kwargs).arguments.items():
+            values = {name: value}
+            if isinstance(value, list | tuple):
+                values = {f"{name}[{i}]": entry for i, entry in enumerate(value)}
+            tensors += [(n, v.device) for n, v in values.items() if isinstance(v, torch.Tensor)]
+        for name, device in tensors:
+            if device != tensors[0][1]:
+                raise RuntimeError(
+                    f"{op}: {name} is on another device than {tensors[0][0]}: they must be on one"
+                )
+        return function(*args, **kwargs)
+
+    torch.library.register_fake(f"flatquant_cuda::{op}")(checked)
 
 
 def backend(op_name: str, device: str = "cpu") -> str:

@@ -8,6 +8,11 @@ A function calls the native kernel if one is built for the device of its first t
 by csrc/contract.h; formulas are in docs/numerics.md. A row with a NaN or an Inf gets scale NaN and
 codes 0. Wrong arguments raise RuntimeError (ValueError from the reference) naming op, argument,
 value and rule.
+
+Inputs may overlap each other, but nothing may overlap the cache that :func:`kv_quantize_append`
+writes. Any number of threads may call at once. A process may fork after use: a thread that forks
+ends its OpenMP threads first and starts new ones when it needs them, so that neither these ops nor
+torch's own, which would otherwise, hang in the child.
 """
 
 from __future__ import annotations
@@ -33,15 +38,14 @@ def _inverse_root(x: Tensor) -> float:
     return 1 / math.sqrt(max(x.shape[-1], 1)) if x.dim() else 1.0
 
 
-def _capacity(codes: Tensor) -> int:
-    """Positions of a cache; 0 if it has not four dimensions, which the op refuses."""
-    return codes.shape[-2] if codes.dim() == 4 else 0
+def _capacity(codes: Tensor, block_table: Tensor | None = None) -> int:
+    """Positions of a sequence; 0 for a cache of not four dimensions, which the op refuses."""
+    if codes.dim() != 4 or (block_table is not None and block_table.dim() != 2):
+        return 0
+    return codes.shape[-2] * (1 if block_table is None else block_table.shape[1])
 
 
-def _register_fake(op: str, function: Callable[..., object]) -> None:
-    """Make ``function`` the shape function of ``op``, if the library is there."""
-    if library.loaded:
-        torch.library.register_fake(f"flatquant_cuda::{op}")(function)
+_register_fake = library.register_fake
 
 
 def _fake(function: Callable[..., object]) -> Callable[..., object]:
@@ -490,6 +494,11 @@ def _fake_gemm_w4a16(
     return x.new_empty((*x.shape[:-1], w.shape[0]))
 
 
+def _in_pages(x: Tensor, *pages: Tensor | None) -> bool:
+    """Whether a call is one that the CPU kernels do not know: the reference answers it."""
+    return x.device.type == "cpu" and any(tensor is not None for tensor in pages)
+
+
 def kv_quantize_append(
     x: Tensor,
     codes: Tensor,
@@ -500,6 +509,7 @@ def kv_quantize_append(
     clip: Tensor | None = None,
     bits: int = 4,
     start: int = 0,
+    slots: Tensor | None = None,
 ) -> None:
     """Quantize ``x @ transform`` per token and head into a cache, in place, asymmetrically.
 
@@ -513,14 +523,28 @@ def kv_quantize_append(
         clip: float32 ``[2]``, as in :func:`quantize_activation`.
         bits: width of a code.
         start: first position.
+        slots: int64 ``[batch, t]``, for a paged cache: codes ``[blocks, kv_heads, block_size,
+            bytes]``, scale and zero ``[blocks, kv_heads, block_size]``. Token i of sequence b goes
+            to offset ``slots[b, i] % block_size`` of block ``slots[b, i] // block_size``; one whose
+            slot is outside of the cache (-1) is left out. ``start`` must be 0. A contiguous cache
+            is one block per sequence. On a CPU the reference answers.
     """
-    if not library.is_native("kv_quantize_append", x):
+    if not library.is_native("kv_quantize_append", x) or _in_pages(x, slots):
         reference.kv_quantize_append(
-            x, codes, scale, zero, transform=transform, clip=clip, bits=bits, start=start
-        )
+            x, codes, scale, zero, transform=transform, clip=clip, bits=bits, start=start,
+            slots=slots,
+        )  # fmt: skip
         return
     torch.ops.flatquant_cuda.kv_quantize_append(
-        x.contiguous(), _dense(transform), _dense(clip), bits, codes, scale, zero, start
+        x.contiguous(),
+        _dense(transform),
+        _dense(clip),
+        bits,
+        codes,
+        scale,
+        zero,
+        start,
+        _dense(slots),
     )
 
 
@@ -534,6 +558,7 @@ def _fake_kv_quantize_append(
     scale: Tensor,
     zero: Tensor,
     start: int,
+    slots: Tensor | None,
 ) -> None:
     return None
 
@@ -547,6 +572,8 @@ def kv_dequantize(
     head_dim: int,
     length: int | None = None,
     out_dtype: torch.dtype = torch.float32,
+    block_table: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """Read the first ``length`` positions of a cache back as floats: ``(q - z) * s``.
 
@@ -558,14 +585,25 @@ def kv_dequantize(
         head_dim: codes in a row.
         length: positions to read; None is the capacity.
         out_dtype: float32, bfloat16 or float16.
+        block_table: int32 ``[batch, max_blocks]``, for a paged cache, see
+            :func:`attention_decode`. On a CPU the reference answers this, and ``lengths``.
+        lengths: int32 ``[batch]``: positions from there on give 0, whatever the cache holds.
 
     Returns:
         out_dtype ``[batch, kv_heads, length, head_dim]``.
     """
-    length = _capacity(codes) if length is None else length
-    if not library.is_native("kv_dequantize", codes):
+    length = _capacity(codes, block_table) if length is None else length
+    if not library.is_native("kv_dequantize", codes) or _in_pages(codes, block_table, lengths):
         return reference.kv_dequantize(
-            codes, scale, zero, bits=bits, head_dim=head_dim, length=length, out_dtype=out_dtype
+            codes,
+            scale,
+            zero,
+            bits=bits,
+            head_dim=head_dim,
+            length=length,
+            out_dtype=out_dtype,
+            block_table=block_table,
+            lengths=lengths,
         )
     result: Tensor = torch.ops.flatquant_cuda.kv_dequantize(
         codes.contiguous(),
@@ -575,6 +613,8 @@ def kv_dequantize(
         head_dim,
         length,
         out_dtype,
+        _dense(block_table),
+        _dense(lengths),
     )
     return result
 
@@ -588,8 +628,11 @@ def _fake_kv_dequantize(
     head_dim: int,
     length: int,
     out_dtype: torch.dtype,
+    block_table: Tensor | None,
+    lengths: Tensor | None,
 ) -> Tensor:
-    return codes.new_empty((*codes.shape[:-2], length, head_dim), dtype=out_dtype)
+    batch = (codes if block_table is None else block_table).shape[0]
+    return codes.new_empty((batch, codes.shape[1], length, head_dim), dtype=out_dtype)
 
 
 def attention_decode(
@@ -606,6 +649,9 @@ def attention_decode(
     v_bits: int = 4,
     length: int | None = None,
     scaling: float | None = None,
+    block_table: Tensor | None = None,
+    lengths: Tensor | None = None,
+    window: int = 0,
 ) -> Tensor:
     """Attend to the first ``length`` positions of a quantized cache, in float32.
 
@@ -622,16 +668,25 @@ def attention_decode(
             ``[batch, heads, tq, length]``.
         k_bits: width of a key code.
         v_bits: width of a value code.
-        length: positions in use; None is the capacity.
+        length: positions in use; None is the capacity. With ``lengths`` only an upper bound.
         scaling: None is ``1/sqrt(d)``.
+        block_table: int32 ``[batch, max_blocks]``, for a paged cache: codes ``[blocks, kv_heads,
+            block_size, bytes]``, scales and zero points ``[blocks, kv_heads, block_size]``.
+            Position j of sequence b is in block ``block_table[b, j // block_size]``; a block that
+            does not exist counts as one whose scales are NaN. The capacity is ``max_blocks *
+            block_size``. On a CPU the reference answers this, and ``lengths``.
+        lengths: int32 ``[batch]``: query i of tq may attend to positions below
+            ``lengths[b] - tq + 1 + i``. They stay on the device, so that a CUDA graph that was
+            captured with the largest ``length`` replays with any, and gives the same bits.
+        window: with ``lengths``: only to the last ``window`` of those; 0 is all.
 
     Returns:
         T ``[batch, heads, tq, d]``. A query that may attend to nothing gives 0; one that may attend
         to a position whose scale is NaN gives NaN.
     """
-    length = _capacity(k_codes) if length is None else length
+    length = _capacity(k_codes, block_table) if length is None else length
     scaling = _inverse_root(q) if scaling is None else scaling
-    if not library.is_native("attention_decode", q):
+    if not library.is_native("attention_decode", q) or _in_pages(q, block_table, lengths):
         return reference.attention_decode(
             q,
             k_codes,
@@ -645,6 +700,9 @@ def attention_decode(
             v_bits=v_bits,
             length=length,
             scaling=scaling,
+            block_table=block_table,
+            lengths=lengths,
+            window=window,
         )
     result: Tensor = torch.ops.flatquant_cuda.attention_decode(
         q.contiguous(),
@@ -659,6 +717,9 @@ def attention_decode(
         v_bits,
         length,
         scaling,
+        _dense(block_table),
+        _dense(lengths),
+        window,
     )
     return result
 
@@ -677,6 +738,9 @@ def _fake_attention_decode(
     v_bits: int,
     length: int,
     scaling: float,
+    block_table: Tensor | None,
+    lengths: Tensor | None,
+    window: int,
 ) -> Tensor:
     return torch.empty_like(q)
 

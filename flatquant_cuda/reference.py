@@ -412,8 +412,12 @@ def kv_quantize_append(
     clip: Tensor | None = None,
     bits: int = 4,
     start: int = 0,
+    slots: Tensor | None = None,
 ) -> None:
     """See :func:`flatquant_cuda.ops.kv_quantize_append`."""
+    if slots is not None:
+        _append_to_slots(x, (codes, scale, zero), transform, clip, bits, start, slots)
+        return
     stop, capacity = start + x.shape[-2], codes.shape[-2]
     _check(
         start >= 0 and stop <= capacity,
@@ -423,6 +427,67 @@ def kv_quantize_append(
     codes[..., start:stop, :] = pack(new_codes, bits)
     scale[..., start:stop] = new_scale
     zero[..., start:stop] = new_zero
+
+
+def _append_to_slots(
+    x: Tensor,
+    cache: tuple[Tensor, Tensor, Tensor],
+    transform: Tensor | None,
+    clip: Tensor | None,
+    bits: int,
+    start: int,
+    slots: Tensor,
+) -> None:
+    _check(start == 0, f"kv_quantize_append: start is {start}: with slots it must be 0")
+    _check(
+        slots.dtype == torch.int64 and slots.shape == (x.shape[0], x.shape[2]),
+        f"kv_quantize_append: slots is {slots.dtype} {list(slots.shape)}: it must be int64 "
+        f"{[x.shape[0], x.shape[2]]}",
+    )
+    codes, scale, zero = cache
+    new_codes, new_scale, new_zero = kv_quantize(x, transform, clip, bits)
+    size = max(codes.shape[2], 1)
+    batch, token = torch.where((slots >= 0) & (slots < codes.shape[0] * codes.shape[2]))
+    block, offset = slots[batch, token] // size, slots[batch, token] % size
+    codes[block, :, offset] = pack(new_codes, bits)[batch, :, token]
+    scale[block, :, offset] = new_scale[batch, :, token]
+    zero[block, :, offset] = new_zero[batch, :, token]
+
+
+def capacity_of(codes: Tensor, block_table: Tensor | None = None) -> int:
+    """Positions a sequence may have in a cache, contiguous or paged."""
+    return codes.shape[-2] * (1 if block_table is None else block_table.shape[-1])
+
+
+def _gathered(op: str, cache: tuple[Tensor, ...], block_table: Tensor | None) -> tuple[Tensor, ...]:
+    """A paged cache as a contiguous one; blocks that do not exist have scale NaN."""
+    if block_table is None:
+        return cache
+    _check(
+        block_table.dtype == torch.int32 and block_table.dim() == 2,
+        f"{op}: block_table is {block_table.dtype} {list(block_table.shape)}: it must be int32 "
+        "[batch, any]",
+    )
+    blocks, heads = cache[0].shape[:2]
+    missing = (block_table < 0) | (block_table >= blocks)
+    if blocks == 0:
+        cache = tuple(t.new_zeros((1, *t.shape[1:])) for t in cache)
+    index = torch.where(missing, 0, block_table).long()
+    codes, scale, zero = (t[index].transpose(1, 2) for t in cache)
+    scale = torch.where(missing[:, None, :, None], math.nan, scale)
+    batch, size = block_table.shape[0], capacity_of(cache[0], block_table)
+    return (
+        codes.reshape(batch, heads, size, codes.shape[-1]),
+        scale.reshape(batch, heads, size),
+        zero.reshape(batch, heads, size),
+    )
+
+
+def _check_lengths(op: str, lengths: Tensor, batch: int) -> None:
+    _check(
+        lengths.dtype == torch.int32 and lengths.shape == (batch,),
+        f"{op}: lengths is {lengths.dtype} {list(lengths.shape)}: it must be int32 [{batch}]",
+    )
 
 
 def _kv_values(
@@ -447,10 +512,18 @@ def kv_dequantize(
     head_dim: int,
     length: int | None = None,
     out_dtype: torch.dtype = torch.float32,
+    block_table: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """See :func:`flatquant_cuda.ops.kv_dequantize`."""
+    codes, scale, zero = _gathered("kv_dequantize", (codes, scale, zero), block_table)
     length = codes.shape[-2] if length is None else length
-    return _kv_values(codes, scale, zero, bits, head_dim, length).to(out_dtype)
+    values = _kv_values(codes, scale, zero, bits, head_dim, length).to(out_dtype)
+    if lengths is None:
+        return values
+    _check_lengths("kv_dequantize", lengths, codes.shape[0])
+    used = torch.arange(length, device=codes.device) < lengths[:, None]
+    return torch.where(used[:, None, :, None], values, 0.0)
 
 
 def attention_decode(
@@ -467,9 +540,23 @@ def attention_decode(
     v_bits: int = 4,
     length: int | None = None,
     scaling: float | None = None,
+    block_table: Tensor | None = None,
+    lengths: Tensor | None = None,
+    window: int = 0,
 ) -> Tensor:
     """See :func:`flatquant_cuda.ops.attention_decode`."""
     batch, heads, tq, d = q.shape
+    _check(window >= 0, f"attention_decode: window is {window}: it must not be negative")
+    _check(
+        window == 0 or lengths is not None,
+        f"attention_decode: window is {window}: it needs lengths",
+    )
+    k_codes, k_scale, k_zero = _gathered(
+        "attention_decode", (k_codes, k_scale, k_zero), block_table
+    )
+    v_codes, v_scale, v_zero = _gathered(
+        "attention_decode", (v_codes, v_scale, v_zero), block_table
+    )
     kv_heads = k_codes.shape[1]
     _check(
         heads % kv_heads == 0,
@@ -491,6 +578,13 @@ def attention_decode(
     elif mask is not None:
         allowed = (mask != -math.inf).expand_as(scores)
         scores = scores + mask.double()
+    if lengths is not None:
+        _check_lengths("attention_decode", lengths, batch)
+        position = torch.arange(length, device=q.device)
+        first = lengths.clamp(max=length)[:, None, None] - tq + 1
+        end = first + torch.arange(tq, device=q.device)[:, None]  # [batch, tq, 1]
+        seen = (position < end) & ((position >= end - window) | (window == 0))
+        allowed = allowed & seen[:, None]
     scores = scores.masked_fill(~allowed, -math.inf)
     weights = torch.softmax(scores, -1) if length else scores
     weights = torch.where(allowed.any(-1, keepdim=True), weights, 0.0)

@@ -138,8 +138,8 @@ class TileProducts {
     }
   }
 
-  Weighed weigh(const Reach& reach, int64_t stop, int64_t row) {
-    if (small_) return plain_.weigh(reach, stop, row);
+  Weighed weigh(int64_t begin, int64_t stop, int64_t row, float max) {
+    if (small_) return plain_.weigh(begin, stop, row, max);
     uint16_t* const high = high_ + row * kChunk;
     uint16_t* const low = low_ + row * kChunk;
     // of every pair of half words the first is left out, the second one of the 16 in each half
@@ -157,8 +157,7 @@ class TileProducts {
       const __m512bh rest = _mm512_cvtne2ps_pbh((b - high_b).v, (a - high_a).v);
       __builtin_memcpy(low + j, &rest, sizeof rest);
     };
-    return reach.masked ? weigh_row<true>(w_, reach, stop, row, split)
-                        : weigh_row<false>(w_, reach, stop, row, split);
+    return weigh_row(w_, begin, stop, row, max, split);
   }
 
   void add(int64_t rows, const Reach& reach) {

@@ -199,32 +199,44 @@ struct Weighed {
   float max, total;
 };
 
-// The dots of one query become weights; put(j, a, b) takes those of 32 positions from j on.
-template <bool kMasked, class Put>
-inline __attribute__((always_inline)) Weighed weigh_row(const Workspace& w, const Reach& reach,
-                                                        int64_t stop, int64_t row, Put put) {
+// The dots of one query become scores; returns their maximum.
+template <bool kMasked>
+inline float scale_row(const Workspace& w, int64_t begin, int64_t stop, int64_t row) {
   float* const scores = w.scores + row * kChunk;
   const float* const mask = w.mask + row * kChunk;
   const Floats infinite = Floats::splat(kMinusInfinity);
-  Floats most = infinite;
-  for (int64_t j = reach.begin; j < stop; j += kLanes) {
+  Floats most[2] = {infinite, infinite};
+  const auto scale = [&](int64_t j, Floats& highest) __attribute__((always_inline)) {
     Floats score = Floats::load(scores + j) * Floats::load(w.key_scale + j);
     if constexpr (kMasked) {
       const Floats added = Floats::load(mask + j);
       score = where_equal(added, infinite, infinite, score + added);
     }
     score.store(scores + j);
-    most = larger(score, most);  // without a NaN: it returns as exp(NaN)
+    highest = larger(score, highest);  // without a NaN: it returns as exp(NaN)
+  };
+  for (int64_t j = begin; j < stop; j += 2 * kLanes) {
+    scale(j, most[0]);
+    scale(j + kLanes, most[1]);
   }
-  const float max = most.largest();
+  return larger(most[0], most[1]).largest();
+}
+
+// The scores of one query become weights: put(j, a, b) takes those of 32 positions from j on.
+template <class Put>
+inline __attribute__((always_inline)) Weighed weigh_row(const Workspace& w, int64_t begin,
+                                                        int64_t stop, int64_t row, float max,
+                                                        Put put) {
+  const float* const scores = w.scores + row * kChunk;
+  const Floats infinite = Floats::splat(kMinusInfinity);
   const Floats top = Floats::splat(max == kMinusInfinity ? 0.0f : max);
   Floats total = zeros();
-  const auto weight = [&](int64_t j) {
+  const auto weight = [&](int64_t j) __attribute__((always_inline)) {
     const Floats score = Floats::load(scores + j), e = falling_exp(score - top);
     total = total + e;
     return where_equal(score, infinite, zeros(), e * Floats::load(w.value_scale + j));
   };
-  for (int64_t j = reach.begin; j < stop; j += 2 * kLanes) {
+  for (int64_t j = begin; j < stop; j += 2 * kLanes) {
     const Floats first = weight(j);
     put(j, first, weight(j + kLanes));
   }
@@ -318,8 +330,11 @@ inline void attend(const AttentionDecode& args, const Workspace& w, Products& pr
       for (int64_t r = 0; r < rows; ++r) {
         float* const dots = w.scores + r * kChunk;
         for (int64_t j = chunk.count; j < stop; ++j) dots[j] = kMinusInfinity;
-        weighed[r] = products.weigh(reach, stop, r);
+        weighed[r].max = reach.masked ? scale_row<true>(w, reach.begin, stop, r)
+                                      : scale_row<false>(w, reach.begin, stop, r);
       }
+      for (int64_t r = 0; r < rows; ++r)
+        weighed[r] = products.weigh(reach.begin, stop, r, weighed[r].max);
       products.add(rows, reach);
       for (int64_t r = 0; r < rows; ++r)
         join(w, q + r, weighed[r], w.chunk_sums + r * w.value_width);

@@ -161,7 +161,7 @@ class FloatProducts {
     }
   }
 
-  Weighed weigh(const Reach& reach, int64_t stop, int64_t row) {
+  Weighed weigh(int64_t begin, int64_t stop, int64_t row, float max) {
     float* const weights = w_.scores + row * kChunk;
     const auto plain = [&](int64_t j, Floats a, Floats b) {
       a.store(weights + j);
@@ -174,11 +174,8 @@ class FloatProducts {
       round_bf16(a - high_a).store(low + j);
       round_bf16(b - high_b).store(low + j + kLanes);
     };
-    if (args_.dtype == Dtype::kBFloat16)
-      return reach.masked ? weighed<true>(reach, stop, row, split)
-                          : weighed<false>(reach, stop, row, split);
-    return reach.masked ? weighed<true>(reach, stop, row, plain)
-                        : weighed<false>(reach, stop, row, plain);
+    return args_.dtype == Dtype::kBFloat16 ? weigh_row(w_, begin, stop, row, max, split)
+                                           : weigh_row(w_, begin, stop, row, max, plain);
   }
 
   // chunk_sums [rows, value_width] = weights times values.
@@ -198,11 +195,6 @@ class FloatProducts {
   }
 
  private:
-  template <bool kMasked, class Put>
-  Weighed weighed(const Reach& reach, int64_t stop, int64_t row, Put put) {
-    return weigh_row<kMasked>(w_, reach, stop, row, put);
-  }
-
   // Must a span be unpacked? One group alone unpacks each in the same place.
   bool needed(int64_t span, uint32_t& unpacked) const {
     const uint32_t bit = 1u << (span / kSpan);

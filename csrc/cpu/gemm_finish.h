@@ -131,14 +131,16 @@ __attribute__((noinline)) int64_t finish_bf16(const GemmInteger& args, const Til
 #else
   static_cast<void>(args), static_cast<void>(tile), static_cast<void>(columns);
   static_cast<void>(offsets), static_cast<void>(first), static_cast<void>(dots);
-  return 0 * count;
+  static_cast<void>(count);
+  return 0;
 #endif
 }
 
 template <Dtype kOut, bool kColsum>
 void finish_rows(const GemmInteger& args, const Tile& tile, const TileColumns& columns,
                  const Offsets& offsets, int64_t first, int64_t count, const int32_t* dots) {
-  const bool in_bf16 = kOut == Dtype::kBFloat16 && tile.columns == kTileColumns && offsets.rows;
+  const bool in_bf16 = kVectorsRoundToBf16 && kOut == Dtype::kBFloat16 &&
+                       tile.columns == kTileColumns && offsets.rows;
   while (count > 0) {
     int64_t done = 0;
     if (in_bf16 && args.residual)
@@ -146,7 +148,7 @@ void finish_rows(const GemmInteger& args, const Tile& tile, const TileColumns& c
     else if (in_bf16)
       done = finish_bf16<kColsum, false>(args, tile, columns, offsets, first, count, dots);
     if (done == 0) {
-      done = 1;
+      done = in_bf16 ? 1 : count;
       finish_any<kOut, kColsum>(args, tile, columns, offsets, first, done, dots);
     }
     first += done;

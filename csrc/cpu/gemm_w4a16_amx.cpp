@@ -17,6 +17,7 @@
 // smaller one, other types, and groups of no whole bytes are left to AVX-512.
 #include <type_traits>
 
+#include "gemm_fields.h"
 #include "gemm_panels.h"
 #include "gemm_w4a16.h"
 #include "narrow_bf16.h"
@@ -28,24 +29,6 @@ namespace {
 
 constexpr uint16_t kSmallestSafe = 27 << 7;  // 2^-100 in bfloat16
 static_assert(kPart * 2 == kRowStep, "a part is a step");
-
-// The bfloat16 of a code, by the lowest five bits of a word.
-template <int kWidth>
-struct CodeTable {
-  alignas(64) uint16_t values[32] = {};
-
-  constexpr CodeTable() {
-    constexpr uint16_t kMagnitudes[] = {0,      0x3f80, 0x4000, 0x4040, 0x4080,
-                                        0x40a0, 0x40c0, 0x40e0, 0x4100};  // 0..8
-    constexpr int kSign = 1 << (kWidth - 1);
-    for (int i = 0; i < 32; ++i) {
-      const int code = ((i & (2 * kSign - 1)) ^ kSign) - kSign;
-      values[i] = code < 0 ? kMagnitudes[-code] | 0x8000 : kMagnitudes[code];
-    }
-  }
-};
-template <int kWidth>
-constexpr CodeTable<kWidth> kCodes;
 
 // What the columns of a tile bring to the epilogue. Where there is no bias it is -0, which changes
 // nothing when it is added.
@@ -68,7 +51,7 @@ struct FloatKernel {
   using Epilogue = Bias;
   static constexpr int64_t kFields = 16 / kWidth, kLine = kLineBytes * 8 / kWidth;  // codes
   static constexpr int64_t kUnitSteps = kFields, kUnitBytes = kLineBytes;
-  static constexpr int64_t kColumns = 16, kFewRows = 16;
+  static constexpr int64_t kColumns = 16, kFewRows = 32;
   static constexpr int64_t kSegmentLines = kSegment / kLine, kPanelLines = 32 / kUnitSteps;
 
   const GemmW4A16& args;
@@ -132,48 +115,12 @@ struct FloatKernel {
         split_fields(parts);
         for (int64_t j = 0; j < kFields; ++j)
           if (tile.rows <= kFewRows)
-            store_pairs(parts[j], tile.rows,
-                        work.rows + ((line * kFields + j) * kHalf * tile.rows + r) * 4);
+            store_pairs(parts[j], few_rows(tile, r / kHalf),
+                        few_row(work, tile, r / kHalf, line, j) + r % kHalf * 4);
           else
             _mm512_storeu_si512(work.row(r) + (line * kFields + j) * work.row_step(), parts[j]);
       }
     }
-  }
-
-  // Numbers [first, first + 32) of x, 0 from `end` on.
-  static __m512i load_some(const uint16_t* x, int64_t first, int64_t end) {
-    const int64_t left = end - first;
-    if (left <= 0) return _mm512_setzero_si512();
-    return _mm512_maskz_loadu_epi16(left < 32 ? (1u << left) - 1 : ~0u, x + first);
-  }
-
-  // From kFields vectors of consecutive numbers to those of every field: those whose index is j
-  // modulo kFields, for all j. Evens and odds are told apart as often as kFields has a factor 2.
-  static void split_fields(__m512i (&v)[kFields]) {
-    alignas(64) static constexpr uint16_t kEven[32] = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20,
-                                                       22, 24, 26, 28, 30, 32, 34, 36, 38, 40, 42,
-                                                       44, 46, 48, 50, 52, 54, 56, 58, 60, 62};
-    const __m512i even = _mm512_load_si512(kEven);
-    const __m512i odd = _mm512_add_epi16(even, _mm512_set1_epi16(1));
-    for (int64_t done = 1; done < kFields; done *= 2) {
-      // v[i] holds the numbers that are i % done modulo done, of the (i / done)-th stretch.
-      __m512i next[kFields];
-      for (int64_t i = 0; i < kFields; i += 2 * done)
-        for (int64_t j = 0; j < done; ++j) {
-          const __m512i a = v[i + j], b = v[i + done + j];
-          next[i + j] = _mm512_permutex2var_epi16(a, even, b);
-          next[i + done + j] = _mm512_permutex2var_epi16(a, odd, b);
-        }
-      for (int64_t i = 0; i < kFields; ++i) v[i] = next[i];
-    }
-  }
-
-  // The pairs of one row, to every count-th place.
-  static void store_pairs(__m512i pairs, int64_t count, uint8_t* out) {
-    if (count == 1) return _mm512_storeu_si512(out, pairs);
-    alignas(64) uint32_t pair[kHalf];
-    _mm512_store_si512(pair, pairs);
-    for (int64_t i = 0; i < kHalf; ++i, out += count * 4) __builtin_memcpy(out, pair + i, 4);
   }
 
   // ---- columns
@@ -206,18 +153,13 @@ struct FloatKernel {
       }
   }
 
-  static __m512i codes_of(__m512i words, int field) {
-    return _mm512_permutexvar_epi16(_mm512_srli_epi16(words, static_cast<unsigned>(kWidth * field)),
-                                    _mm512_load_si512(kCodes<kWidth>.values));
-  }
-
   static void make_unit(const uint8_t* const* columns, int64_t offset, uint8_t* out) {
     for (int64_t b = 0; b < kLineBytes; b += 16) {
       __m512i quads[4];
       load_quads(columns, offset + b, quads);
       for (int64_t q = 0; q < 4; ++q, out += kQuadBytes)
         for (int j = 0; j < kFields; ++j)
-          _mm512_storeu_si512(out + j * kPanelStep, codes_of(quads[q], j));
+          _mm512_storeu_si512(out + j * kPanelStep, codes_of<kWidth>(quads[q], j));
     }
   }
 
@@ -291,10 +233,29 @@ struct FloatKernel {
   // ---- few rows
   // ----------------------------------------------------------------------------------
 
-  // Sums, and so totals, are [column][row] here. Tiles 0 and 1 are sums of 16 columns each, 2 and 3
-  // those of the next segment, so that the first need not be waited for; 4 is columns, 6 rows.
+  // Few rows are taken 16 at a time: so many there are of the group-th 16 of a tile, ..
+  static int64_t few_rows(const Tile& tile, int64_t group) {
+    const int64_t left = tile.rows - group * kHalf;
+    return left < kHalf ? left : kHalf;
+  }
+  // .. and there is a part of them, as pairs [16][row].
+  uint8_t* few_row(const Work& work, const Tile& tile, int64_t group, int64_t line,
+                   int64_t part) const {
+    const int64_t step = line * kFields + part;
+    return work.row(0) + (group * kHalf * steps() + step * few_rows(tile, group)) * kRowStep;
+  }
+
   void multiply_few(const Tile& tile, const Columns<kUnitBytes>& columns, const Work& work) {
     start_tile(tile);
+    for (int64_t group = 0; group * kHalf < tile.rows; ++group)
+      multiply_sixteen(tile, columns, work, group);
+  }
+
+  // Sums, and so totals, are [column][row] here. Tiles 0 and 1 are sums of 16 columns each, 2 and 3
+  // those of the next segment, so that the first need not be waited for; 4 is columns, 6 rows.
+  void multiply_sixteen(const Tile& tile, const Columns<kUnitBytes>& columns, const Work& work,
+                        int64_t group) {
+    const int64_t rows = few_rows(tile, group);
     const int64_t width = few_width(args.m), pitch = width == 1 ? 1 : kHalf;
     float totals[2][kHalf * kHalf] = {};
     const float* held[2][2] = {};    // scales of the segments in the tiles
@@ -333,11 +294,10 @@ struct FloatKernel {
     };
     const auto multiply_line = [&](int64_t line, int64_t half, int64_t turn) {
       const uint8_t* const w = lines + half * kLinesBytes;
-      const uint8_t* const x = work.rows + line * kFields * kHalf * tile.rows * 4;
       with(turn * 2 + half, [&](auto sum) {
         for (int64_t j = 0; j < kFields; ++j) {
           load_tile<4>(w + j * kHalf * kRowStep, kRowStep);
-          load_tile<6>(x + j * kHalf * tile.rows * 4, tile.rows * 4);
+          load_tile<6>(few_row(work, tile, group, line, j), rows * 4);
           multiply_bf16<sum, 4, 6>();
         }
       });
@@ -365,8 +325,8 @@ struct FloatKernel {
       empty(1 - turn, half);
       add(1 - turn, half);
     }
-    float* const out = reinterpret_cast<float*>(work.totals);
-    for (int64_t r = 0; r < tile.rows; ++r)
+    float* const out = reinterpret_cast<float*>(work.totals) + group * kHalf * kTileColumns;
+    for (int64_t r = 0; r < rows; ++r)
       for (int64_t c = 0; c < kTileColumns; ++c)
         out[r * kTileColumns + c] = totals[c / kHalf][c % kHalf * pitch + r];
   }
@@ -381,7 +341,7 @@ struct FloatKernel {
       const __m512i words = _mm512_loadu_si512(
           in_memory ? columns.at[c] + offset : columns.ends[c] + offset - columns.ends_from);
       for (int j = 0; j < kFields; ++j)
-        _mm512_store_si512(out + j * kHalf * kRowStep, codes_of(words, j));
+        _mm512_store_si512(out + j * kHalf * kRowStep, codes_of<kWidth>(words, j));
     }
   }
 

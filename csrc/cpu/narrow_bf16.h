@@ -18,6 +18,8 @@ static_assert(kTileColumns == 32, "two vectors of float, one of bfloat16");
 
 #if defined(__AVX512BF16__)
 
+constexpr bool kVectorsRoundToBf16 = true;
+
 inline bool round_to_bf16(__m512 a, __m512 b, __m512i& both) {
   constexpr int kSubnormalOrNan = 0xa1;
   if (_mm512_fpclass_ps_mask(a, kSubnormalOrNan) | _mm512_fpclass_ps_mask(b, kSubnormalOrNan))
@@ -32,6 +34,10 @@ inline __m512 widen_bf16(__m512i both) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, kIndex));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
+
+#else
+
+constexpr bool kVectorsRoundToBf16 = false;
 
 #endif
 

@@ -17,10 +17,11 @@
 namespace fq::cpu {
 namespace {
 
+#if defined(__x86_64__)
 // AMX (CPUID leaf 7, EDX: tiles 24, int8 25, bf16 22), and leave from the kernel to use its 8 KB of
 // registers, which is given to the process and its children.
 bool has_amx() {
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__linux__)
   constexpr unsigned kNeeded = 1u << 22 | 1u << 24 | 1u << 25;
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kNeeded) != kNeeded) return false;
@@ -30,13 +31,14 @@ bool has_amx() {
   return false;
 #endif
 }
+#endif
 
 Isa machine() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512vnni"))
-    return has_amx() ? Isa::kAmx : Isa::kAvx512;
+    return __builtin_cpu_supports("avx512bf16") && has_amx() ? Isa::kAmx : Isa::kAvx512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAvx2;
 #endif
   return Isa::kPortable;

@@ -1,6 +1,5 @@
 // Which instruction set a CPU kernel runs on: the best one this machine has (and its operating
-// system has enabled), or a lower one named by FLATQUANT_CPU_ISA = portable | avx2 | avx512 |
-// amx.
+// system has enabled), or a lower one named by FLATQUANT_CPU_ISA = portable | avx2 | avx512 | amx.
 // Results are the same on all of them, bit for bit; only the time differs.
 //
 // A kernel has one table entry per variant, for example
@@ -15,7 +14,8 @@ namespace fq::cpu {
 
 enum class Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
 
-// avx2 means AVX2 + FMA; avx512 means F, BW, DQ, VL and VNNI.
+// avx2 means AVX2 + FMA; avx512 means F, BW, DQ, VL and VNNI; amx means tiles, int8 and bf16 as
+// well, and leave from the system to use them.
 Isa isa();  // what kernels run on now: read once from the machine and the environment
 const char* isa_name(Isa isa);  // "portable", "avx2", "avx512", "amx"
 

@@ -66,6 +66,8 @@ int run(const GemmInteger& args, int a_bits, int w_bits, void* workspace, void* 
   switch (plan.kernel) {
     case GemmKernel::kMma:
       return gemm_mma(task, a_bits, w_bits, plan, stream);
+    case GemmKernel::kStream:
+      return gemm_stream(task, a_bits, w_bits, plan.stream, stream);
 #ifdef FQ_CUTLASS
     case GemmKernel::kS4Sm8x:
       return gemm_s4_sm8x(task, plan.tile, stream);

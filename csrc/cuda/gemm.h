@@ -26,6 +26,11 @@ namespace fq::cuda {
 // a: nibbles (a_bits 4) or bytes (8), unsigned if a_zero is given; w: nibbles or bytes.
 int gemm_mma(const GemmInteger& args, int a_bits, int w_bits, const GemmPlan& plan, void* stream);
 
+// The same for few tokens: weights stream past the tensor cores once. k * a_bits and k * w_bits are
+// multiples of 128, a and w aligned to 16 bytes.
+int gemm_stream(const GemmInteger& args, int a_bits, int w_bits, const StreamPlan& plan,
+                void* stream);
+
 // a: nibbles, unsigned if a_zero is given, w: nibbles; s4 mma.sync, native on 80, 86 and 89 only.
 int gemm_s4_sm8x(const GemmInteger& args, const GemmTile& tile, void* stream);
 

@@ -13,6 +13,8 @@
 
 #include <cuda_runtime.h>
 
+#include "gpu.h"
+
 // A kernel template with several arguments is put in parentheses: a macro splits at commas.
 #define FQ_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
@@ -21,6 +23,13 @@
 #define FQ_LAUNCH_CLUSTER(kernel, grid, block, cluster, shared_bytes, stream, ...) \
   ::fq::cuda::launch_cluster(kernel, grid, block, cluster, shared_bytes,           \
                              static_cast<cudaStream_t>(stream), __VA_ARGS__)
+
+// The same, and on sm_90 the kernel may begin while the one before it in the stream still runs: it
+// calls wait_for_earlier_kernels() (ptx.cuh) before it touches what that one writes or reads. A
+// cluster of 1 is none.
+#define FQ_LAUNCH_EARLY(kernel, grid, block, cluster, shared_bytes, stream, ...) \
+  ::fq::cuda::launch_early(kernel, grid, block, cluster, shared_bytes,           \
+                           static_cast<cudaStream_t>(stream), __VA_ARGS__)
 
 // In a kernel: the shared memory whose size the launch gives, as `type*`, aligned to 128 bytes.
 #define FQ_DYNAMIC_SHARED(type, name)                                 \
@@ -42,6 +51,28 @@ void launch_cluster(void (*kernel)(Parameters...), dim3 grid, dim3 block, unsign
   launch.stream = stream;
   launch.attrs = &size;
   launch.numAttrs = 1;
+  cudaLaunchKernelEx(&launch, kernel, static_cast<Parameters>(arguments)...);
+}
+
+template <class... Parameters, class... Arguments>
+void launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, unsigned cluster,
+                  size_t shared_bytes, cudaStream_t stream, Arguments... arguments) {
+  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = grid;
+  launch.blockDim = block;
+  launch.dynamicSmemBytes = shared_bytes;
+  launch.stream = stream;
+  launch.attrs = attributes;
+  // Only code for sm_90 waits: PTX for others, on newer cards too, must not begin early.
+  if (current_gpu().arch == 90) {
+    attributes[launch.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[launch.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    attributes[launch.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[launch.numAttrs++].val.clusterDim = {cluster, 1, 1};
+  }
   cudaLaunchKernelEx(&launch, kernel, static_cast<Parameters>(arguments)...);
 }
 

@@ -9,22 +9,34 @@
 // clocks, and the busiest SM makes ceil(blocks / SMs) of them. A block cannot be faster than its
 // chain of slices, each of which waits for memory, but several live on an SM at once:
 //
-//   ceil(blocks / (SMs * resident)) * (kStart + slices * kLatency / (stages - 1))
+//   ceil(blocks / (SMs * resident)) * slices * kSlice / (stages - 1), and a start for each after
+//   one
 //
-// Nothing is faster than the memory: every operand and the output once. The estimate is the largest
-// of the three and a tenth of the others; the smallest estimate wins, the first in the table on a
-// tie. Clocks and rates are nominal: only ratios between kernels matter, and no answer depends on
-// the choice.
+// Nothing is faster than the memory: the weights at the rate at which the blocks ask for them
+// (plan_stream.h), activations and the output once. The estimate is the start and the memory's
+// first answer, the largest of the three and a tenth of the others; the smallest wins, the first on
+// a tie. Clocks and rates are nominal: only ratios between kernels matter, and no answer depends on
+// the choice. The kernel that streams weights past few tokens has a model of its own:
+// plan_stream.h.
 #pragma once
 
 #include <cstdint>
 
 #include "../contract.h"
 #include "gpu.h"
+#include "plan_stream.h"
 
 namespace fq::cuda {
 
-enum class GemmKernel : int32_t { kNone, kMma, kS4Sm8x, kS8S4Sm8x, kMixedSm90, kBytesSm90 };
+enum class GemmKernel : int32_t {
+  kNone,
+  kMma,
+  kS4Sm8x,
+  kS8S4Sm8x,
+  kMixedSm90,
+  kBytesSm90,
+  kStream
+};
 
 // tokens x output features x k codes, and slices of k in flight.
 struct GemmTile {
@@ -84,6 +96,8 @@ struct GemmPlan {
   bool widen;  // 4-bit activation codes become bytes in the workspace first
   int32_t shared_bytes;
   int64_t blocks;
+  double clocks;      // the estimate
+  StreamPlan stream;  // of kStream
 };
 
 // The factors 16 of widened nibbles must fit: 16 * 8 * 128 k and 16 * 16 * 64 k below 2^31.
@@ -128,15 +142,9 @@ constexpr double products_per_clock(int32_t arch, GemmKernel kernel) {
   return bytes;
 }
 
-constexpr double gigahertz(int32_t arch) {
-  return arch == 80 ? 1.4 : arch == 89 || arch == 120 ? 2.4 : 1.7;
-}
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // In clocks; see the top of this file.
 constexpr double gemm_clocks(const Gpu& gpu, const GemmQuery& query, const GemmTileEntry& entry) {
-  constexpr double kL2Bytes = 40, kLatency = 800, kStart = 2000, kLaunch = 3000, kOverlap = 0.1;
+  constexpr double kSlice = 800, kWiden = 3000;
   const GemmTile& tile = entry.tile;
   const bool widen = entry.kernel == GemmKernel::kMixedSm90 && query.a_bits == 4;
   const double k = static_cast<double>(query.k), m = static_cast<double>(query.m);
@@ -149,24 +157,33 @@ constexpr double gemm_clocks(const Gpu& gpu, const GemmQuery& query, const GemmT
   const double operands = (rows * a_row + columns * w_row) / kL2Bytes;
   const double slices =
       entry.kernel == GemmKernel::kMma ? k * query.a_bits / 8 / tile.k : k / tile.k;
-  const double chain = kStart + slices * kLatency / (tile.stages - 1);
+  const double chain = slices * kSlice / (tile.stages - 1);
 
-  const int64_t blocks = ceil_div(query.m, tile.m) * ceil_div(query.n, tile.n);
+  const int64_t column_tiles = ceil_div(query.n, tile.n);
+  const int64_t blocks = ceil_div(query.m, tile.m) * column_tiles;
   const int64_t sms = gpu.sms > 0 ? gpu.sms : 1;
   const int64_t fit = gpu.shared_per_sm / (entry.shared_bytes + 1024);
   const int64_t resident = fit < 1 ? 1 : fit < entry.resident ? fit : entry.resident;
+  const int64_t waves = ceil_div(blocks, sms * resident);
   const double busy =
       static_cast<double>(ceil_div(blocks, sms)) * (products > operands ? products : operands);
-  const double waiting = static_cast<double>(ceil_div(blocks, sms * resident)) * chain;
+  const double waiting =
+      static_cast<double>(waves) * chain + static_cast<double>(waves - 1) * kStart;
 
-  const double bytes_per_clock =
-      (gpu.bandwidth_gb > 0 ? gpu.bandwidth_gb : 1000) / gigahertz(gpu.arch);
+  const double ahead = slices < tile.stages - 1 ? 1 : (tile.stages - 1) / slices;  // of the row
   const double memory =
-      (m * a_row + n * w_row + m * n * (query.out == Dtype::kFloat32 ? 4 : 2)) / bytes_per_clock;
-  const double most =
-      busy > waiting ? (busy > memory ? busy : memory) : (waiting > memory ? waiting : memory);
-  return most + kOverlap * (busy + waiting + memory - most) +
-         (widen ? kLaunch + 1.5 * m * k / bytes_per_clock : 0);
+      weights_clocks(gpu, column_tiles, sms * resident, columns * w_row, columns * w_row * ahead,
+                     kTiledShare) +
+      (m * a_row + m * n * (query.out == Dtype::kFloat32 ? 4 : 2)) / bytes_per_clock(gpu);
+  return total_clocks(gpu, memory, busy, waiting) +
+         (widen ? kWiden + 1.5 * m * k / bytes_per_clock(gpu) : 0);
+}
+
+// Few tokens: whether weights can be streamed. Rows of w and of a in pieces of 16 bytes.
+constexpr bool stream_runs(const Gpu& gpu, const GemmQuery& query) {
+  const bool nibbles = query.a_bits == 4 || query.w_bits == 4;
+  return gpu.arch >= 80 && query.aligned && query.k * query.a_bits % 128 == 0 &&
+         query.k * query.w_bits % 128 == 0 && !(nibbles && query.k > kMostScaledK);
 }
 
 // kernel is kNone where nothing runs.
@@ -180,12 +197,28 @@ constexpr GemmPlan plan_gemm(const Gpu& gpu, const GemmQuery& query, bool have_c
     best = &entry;
     least = clocks;
   }
-  if (best == nullptr) return {GemmKernel::kNone, {0, 0, 0, 0}, false, 0, 0};
-  return {best->kernel, best->tile, best->kernel == GemmKernel::kMixedSm90 && query.a_bits == 4,
+  if (stream_runs(gpu, query)) {
+    const StreamPlan stream =
+        plan_stream(gpu, query.m, query.n, query.k, query.a_bits, query.w_bits);
+    if (stream.shared_bytes > 0 && (best == nullptr || stream.clocks < least))
+      return {GemmKernel::kStream,
+              {stream.tokens, stream.rows, kStreamRow * stream.warps, stream.stages},
+              false,
+              stream.shared_bytes,
+              stream.blocks,
+              stream.clocks,
+              stream};
+  }
+  if (best == nullptr) return {GemmKernel::kNone, {0, 0, 0, 0}, false, 0, 0, -1, {}};
+  return {best->kernel,
+          best->tile,
+          best->kernel == GemmKernel::kMixedSm90 && query.a_bits == 4,
           best->kernel == GemmKernel::kMma
               ? mma_shared_bytes(best->tile, query.a_bits, query.w_bits)
               : best->shared_bytes,
-          ceil_div(query.m, best->tile.m) * ceil_div(query.n, best->tile.n)};
+          ceil_div(query.m, best->tile.m) * ceil_div(query.n, best->tile.n),
+          least,
+          {}};
 }
 
 }  // namespace fq::cuda

@@ -130,6 +130,53 @@ static __device__ __forceinline__ void copy_async(void* shared, const void* glob
                  : "memory");
 }
 
+// Sixteen bytes that nobody will read again: they pass by L1 and are the first to leave L2, which
+// asks memory for the whole 128 bytes around them. valid_bytes: as above.
+static __device__ __forceinline__ void copy_async_once(void* shared, const void* global,
+                                                       int valid_bytes) {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(
+                   shared_address(shared)),
+               "l"(global), "r"(valid_bytes), "l"(policy)
+               : "memory");
+}
+
+// Sixteen bytes that other blocks read, too: through L1.
+static __device__ __forceinline__ void copy_async_kept(void* shared, const void* global,
+                                                       int valid_bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+               "l"(global), "r"(valid_bytes)
+               : "memory");
+}
+
+// How the L2 cache keeps what is read: once: it is the first to be evicted.
+static __device__ __forceinline__ uint64_t cache_policy(bool once) {
+  uint64_t policy;
+  if (once)
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  else
+    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// A copy with such a policy.
+template <int kBytes>
+static __device__ __forceinline__ void copy_async_with_policy(void* shared, const void* global,
+                                                              uint64_t policy) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "no such copy");
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(
+                     shared_address(shared)),
+                 "l"(global), "l"(policy)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global.L2::cache_hint [%0], [%1], %2, %3;" ::"r"(
+                     shared_address(shared)),
+                 "l"(global), "n"(kBytes), "l"(policy)
+                 : "memory");
+}
+
 // Ends a group of this thread's copies.
 static __device__ __forceinline__ void copy_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
@@ -191,6 +238,18 @@ static __device__ __forceinline__ uint32_t min2(uint32_t a, uint32_t b) {
     asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
   else
     asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+  return pair;
+}
+
+// a + b, half by half, each rounded to the nearest even.
+template <Dtype kType>
+static __device__ __forceinline__ uint32_t add2(uint32_t a, uint32_t b) {
+  static_assert(kType == Dtype::kBFloat16 || kType == Dtype::kFloat16, "16-bit types only");
+  uint32_t pair;
+  if constexpr (kType == Dtype::kBFloat16)  // sm_80 has no addition of its own: a * 1 + b
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(a), "r"(0x3f803f80u), "r"(b));
+  else
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
   return pair;
 }
 
@@ -275,6 +334,17 @@ static __device__ __forceinline__ void prefetch_l2(const void* global) {
 static __device__ __forceinline__ int opaque(int x) {
   asm volatile("mov.b32 %0, %0;" : "+r"(x));
   return x;
+}
+
+// ---- kernels that begin before their predecessor has ended (sm_90; launch.cuh)
+// -------------------
+
+// Until all that earlier kernels of the stream wrote is there. Without a launch that allows an
+// early begin, and on other devices, it always is.
+static __device__ __forceinline__ void wait_for_earlier_kernels() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // ---- clusters of blocks (sm_90) ----------------------------------------------------------------

@@ -1,11 +1,10 @@
 // The Kronecker transform for everything that transform_mma.cuh does not take: float32, sizes that
 // are no multiple of 4, very large ones, pointers that are not aligned.
 //
-// One block per row. Sums are chains of fma over ascending k, as in ../cpu/kronecker_body.h, which
-// makes float32 results close to those of the CPU. With a right factor, the block works on strips
-// of rows of Y: S of the strip, then Y of the strip. Without one, every element of Y is a chain of
-// its own. What fits stays in shared memory (plan_general), as float32; what does not is made anew
-// whenever it is needed.
+// One block per row. Sums are chains of fma over ascending k in float32. With a right factor, the
+// block works on strips of rows of Y: S of the strip, then Y of the strip. Without one, every
+// element of Y is a chain of its own. What fits stays in shared memory (plan_general), as float32;
+// what does not is made anew whenever it is needed.
 #include "launch.cuh"
 #include "row_quantize.cuh"
 #include "transform.h"

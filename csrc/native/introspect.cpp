@@ -90,4 +90,5 @@ PYBIND11_MODULE(_native, m) {
   add_gemm(m);
   add_transform(m);
   add_hadamard(m);
+  add_attention(m);
 }

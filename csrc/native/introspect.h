@@ -18,6 +18,7 @@ namespace py = pybind11;
 void add_gemm(py::module_& m);
 void add_transform(py::module_& m);
 void add_hadamard(py::module_& m);
+void add_attention(py::module_& m);
 
 // A number of a plan, and its name.
 template <class Plan>

@@ -190,6 +190,31 @@ int64_t length_of(const Checks& check, int64_t length, int64_t capacity) {
   return length;
 }
 
+// What reads a cache that may be paged: the sequences' blocks, and how much of them is in use.
+// Kernels have 32 bits for a position.
+template <class Args>
+void address_cache(const Checks& check, Args& args, const Tensor& codes, int64_t batch,
+                   int64_t length, const MaybeTensor& block_table, const MaybeTensor& lengths) {
+  args.blocks = codes.size(0);
+  int64_t capacity = args.capacity;
+  if (block_table) {
+    args.block_table = static_cast<const int32_t*>(
+        check.input("block_table", *block_table, ScalarType::Int, {batch, kAny}));
+    args.max_blocks = block_table->size(1);
+    check.require(args.capacity > 0 || args.max_blocks == 0,
+                  "block_table is given and blocks have 0 positions: they must have at least 1");
+    capacity = args.max_blocks * args.capacity;
+  }
+  if (lengths)
+    args.lengths =
+        static_cast<const int32_t*>(check.input("lengths", *lengths, ScalarType::Int, {batch}));
+  args.length = length_of(check, length, capacity);
+  check.require((!block_table && !lengths) || capacity < (int64_t{1} << 31) - 65536,
+                "the cache has ", capacity,
+                " positions a sequence: with block_table or lengths it must have fewer than 2^31 - "
+                "65536");
+}
+
 }  // namespace
 
 Prepared<QuantizeActivation, Quantized> quantize_activation(Tensor x, MaybeTensor clip,
@@ -342,7 +367,8 @@ Prepared<GemmW4A16, Tensor> gemm_w4a16(Tensor x, Tensor w, Tensor w_scale, Maybe
 
 Prepared<KvQuantizeAppend, Nothing> kv_quantize_append(Tensor x, MaybeTensor transform,
                                                        MaybeTensor clip, int64_t bits, Tensor codes,
-                                                       Tensor scale, Tensor zero, int64_t start) {
+                                                       Tensor scale, Tensor zero, int64_t start,
+                                                       MaybeTensor slots) {
   const Checks check("kv_quantize_append", "x", x);
   check.shape("x", x, {kAny, kAny, kAny, kAny});
   Prepared<KvQuantizeAppend, Nothing> p{};
@@ -355,11 +381,17 @@ Prepared<KvQuantizeAppend, Nothing> kv_quantize_append(Tensor x, MaybeTensor tra
   check.require(args.head_dim > 0, "x has 0 columns: it must have at least 1");
   check.shape("codes", codes, {kAny, kAny, kAny, kAny});
   args.capacity = codes.size(2);
-  cache_side(check, "", codes, scale, zero, x.size(0), x.size(1), args.capacity, args.head_dim,
-             args.bits);
+  args.kv_heads = x.size(1);
+  args.blocks = codes.size(0);
+  cache_side(check, "", codes, scale, zero, slots ? args.blocks : x.size(0), args.kv_heads,
+             args.capacity, args.head_dim, args.bits);
+  if (slots)
+    args.slots = static_cast<const int64_t*>(
+        check.input("slots", *slots, ScalarType::Long, {x.size(0), args.t}));
   constexpr int64_t kLast = std::numeric_limits<int64_t>::max();
   const int64_t stop = start < kLast - args.t ? start + args.t : kLast;
-  check.require(start >= 0 && stop <= args.capacity, "positions ", start, "..", stop,
+  check.require(!slots || start == 0, "start is ", start, ": with slots it must be 0");
+  check.require(slots || (start >= 0 && stop <= args.capacity), "positions ", start, "..", stop,
                 " do not fit: the capacity is ", args.capacity);
   if (transform) {
     check.dense("transform", *transform);
@@ -374,9 +406,10 @@ Prepared<KvQuantizeAppend, Nothing> kv_quantize_append(Tensor x, MaybeTensor tra
                                                        {"zero", &zero},
                                                        {"x", &x},
                                                        {"transform", transform ? &*transform : &x},
-                                                       {"clip", clip ? &*clip : &x}};
+                                                       {"clip", clip ? &*clip : &x},
+                                                       {"slots", slots ? &*slots : &x}};
   for (int written = 0; written < 3; ++written)
-    for (int other = written + 1; other < 6; ++other)
+    for (int other = written + 1; other < 7; ++other)
       check.apart(all[written].first, *all[written].second, all[other].first, *all[other].second);
   args.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
   args.scale = static_cast<float*>(scale.mutable_data_ptr());
@@ -389,8 +422,8 @@ Prepared<KvQuantizeAppend, Nothing> kv_quantize_append(Tensor x, MaybeTensor tra
 }
 
 Prepared<KvDequantize, Tensor> kv_dequantize(Tensor codes, Tensor scale, Tensor zero, int64_t bits,
-                                             int64_t head_dim, int64_t length,
-                                             ScalarType out_dtype) {
+                                             int64_t head_dim, int64_t length, ScalarType out_dtype,
+                                             MaybeTensor block_table, MaybeTensor lengths) {
   const Checks check("kv_dequantize", "codes", codes);
   check.shape("codes", codes, {kAny, kAny, kAny, kAny});
   Prepared<KvDequantize, Tensor> p{};
@@ -400,15 +433,18 @@ Prepared<KvDequantize, Tensor> kv_dequantize(Tensor codes, Tensor scale, Tensor 
                 ": it must be at least 1, at most ", kMaxGemmK);
   args.head_dim = head_dim;
   args.capacity = codes.size(2);
-  args.length = length_of(check, length, args.capacity);
-  const CacheSide side = cache_side(check, "", codes, scale, zero, codes.size(0), codes.size(1),
+  args.kv_heads = codes.size(1);
+  if (block_table) check.shape("block_table", *block_table, {kAny, kAny});
+  const int64_t batch = block_table ? block_table->size(0) : codes.size(0);
+  address_cache(check, args, codes, batch, length, block_table, lengths);
+  const CacheSide side = cache_side(check, "", codes, scale, zero, args.blocks, args.kv_heads,
                                     args.capacity, head_dim, args.bits);
   args.codes = side.codes;
   args.scale = side.scale;
   args.zero = side.zero;
-  args.batch_heads = codes.size(0) * codes.size(1);
+  args.batch_heads = batch * args.kv_heads;
   args.out_dtype = check.floating("out_dtype", out_dtype);
-  p.out = empty(codes, {codes.size(0), codes.size(1), length, head_dim}, out_dtype);
+  p.out = empty(codes, {batch, args.kv_heads, length, head_dim}, out_dtype);
   args.out = p.out.mutable_data_ptr();
   p.units = args.batch_heads * length;
   p.work = p.units * (1 + head_dim / 4);
@@ -418,10 +454,12 @@ Prepared<KvDequantize, Tensor> kv_dequantize(Tensor codes, Tensor scale, Tensor 
 Prepared<AttentionDecode, Tensor> attention_decode(Tensor q, Tensor k_codes, Tensor k_scale,
                                                    Tensor k_zero, Tensor v_codes, Tensor v_scale,
                                                    Tensor v_zero, MaybeTensor mask, int64_t k_bits,
-                                                   int64_t v_bits, int64_t length, double scaling) {
+                                                   int64_t v_bits, int64_t length, double scaling,
+                                                   MaybeTensor block_table, MaybeTensor lengths,
+                                                   int64_t window) {
   const Checks check("attention_decode", "q", q);
   check.shape("q", q, {kAny, kAny, kAny, kAny});
-  check.shape("k_codes", k_codes, {q.size(0), kAny, kAny, kAny});
+  check.shape("k_codes", k_codes, {block_table ? kAny : q.size(0), kAny, kAny, kAny});
   Prepared<AttentionDecode, Tensor> p{};
   AttentionDecode& args = p.args;
   args.q = q.const_data_ptr();
@@ -437,10 +475,13 @@ Prepared<AttentionDecode, Tensor> attention_decode(Tensor q, Tensor k_codes, Ten
                 " heads, the cache ", args.kv_heads, ": no multiple");
   args.k_bits = check.bits("k_bits", k_bits);
   args.v_bits = check.bits("v_bits", v_bits);
-  args.length = length_of(check, length, args.capacity);
-  const CacheSide k = cache_side(check, "k_", k_codes, k_scale, k_zero, args.batch, args.kv_heads,
+  address_cache(check, args, k_codes, args.batch, length, block_table, lengths);
+  check.require(window >= 0, "window is ", window, ": it must not be negative");
+  check.require(window == 0 || lengths, "window is ", window, ": it needs lengths");
+  args.window = window;
+  const CacheSide k = cache_side(check, "k_", k_codes, k_scale, k_zero, args.blocks, args.kv_heads,
                                  args.capacity, args.head_dim, args.k_bits);
-  const CacheSide v = cache_side(check, "v_", v_codes, v_scale, v_zero, args.batch, args.kv_heads,
+  const CacheSide v = cache_side(check, "v_", v_codes, v_scale, v_zero, args.blocks, args.kv_heads,
                                  args.capacity, args.head_dim, args.v_bits);
   args.k_codes = k.codes;
   args.k_scale = k.scale;

@@ -53,14 +53,17 @@ Prepared<GemmW4A16, Tensor> gemm_w4a16(Tensor x, Tensor w, Tensor w_scale, Maybe
                                        int64_t bits);
 Prepared<KvQuantizeAppend, Nothing> kv_quantize_append(Tensor x, MaybeTensor transform,
                                                        MaybeTensor clip, int64_t bits, Tensor codes,
-                                                       Tensor scale, Tensor zero, int64_t start);
+                                                       Tensor scale, Tensor zero, int64_t start,
+                                                       MaybeTensor slots);
 Prepared<KvDequantize, Tensor> kv_dequantize(Tensor codes, Tensor scale, Tensor zero, int64_t bits,
-                                             int64_t head_dim, int64_t length,
-                                             ScalarType out_dtype);
+                                             int64_t head_dim, int64_t length, ScalarType out_dtype,
+                                             MaybeTensor block_table, MaybeTensor lengths);
 Prepared<AttentionDecode, Tensor> attention_decode(Tensor q, Tensor k_codes, Tensor k_scale,
                                                    Tensor k_zero, Tensor v_codes, Tensor v_scale,
                                                    Tensor v_zero, MaybeTensor mask, int64_t k_bits,
-                                                   int64_t v_bits, int64_t length, double scaling);
+                                                   int64_t v_bits, int64_t length, double scaling,
+                                                   MaybeTensor block_table, MaybeTensor lengths,
+                                                   int64_t window);
 Prepared<FakeQuantize, Tensor> fake_quantize(Tensor x, Tensor clip, int64_t bits, bool symmetric);
 Prepared<FakeQuantizeBackward, std::tuple<Tensor, Tensor>> fake_quantize_backward(
     Tensor grad, Tensor x, Tensor clip, int64_t bits, bool symmetric);

@@ -38,8 +38,8 @@ StackSizes sizes_of(const Checks& check, const std::vector<int64_t>& sizes, doub
   s.k_bits = check.bits("k_bits", sizes[8]);
   s.v_bits = check.bits("v_bits", sizes[9]);
   s.symmetric = sizes[10] != 0;
-  check.require(std::isfinite(scaling), "scaling is ", scaling, ": it must be finite");
   s.scaling = static_cast<float>(scaling);
+  check.require(std::isfinite(s.scaling), "scaling is ", scaling, ": it must be finite");
   const char* const names[] = {"hidden", "intermediate", "heads", "kv_heads", "head_dim"};
   const int64_t values[] = {s.hidden, s.intermediate, s.heads, s.kv_heads, s.head_dim};
   for (int i = 0; i < 5; ++i)
@@ -187,8 +187,8 @@ Tensor decoder_plan(std::vector<Tensor> tensors, std::vector<int64_t> sizes,
     StackLayer layer = Reader(check, s, tensors, i).layer();
     for (int64_t j = 1; j <= 2; ++j) {
       const double eps = numbers[2 * i + j];
-      check.require(std::isfinite(eps) && eps >= 0, "the epsilon of a norm is ", eps,
-                    ": it must be finite and not negative");
+      check.require(std::isfinite(static_cast<float>(eps)) && eps >= 0, "the epsilon of a norm is ",
+                    eps, ": it must be finite and not negative");
       (j == 1 ? layer.attention_eps : layer.mlp_eps) = static_cast<float>(eps);
     }
     std::memcpy(data + kPlanRow + i * static_cast<int64_t>(sizeof layer), &layer, sizeof layer);
@@ -226,12 +226,13 @@ uint64_t digest(const void* data, int64_t bytes) {
 Plan read_plan(const Checks& check, const Tensor& plan, const Tensor& first) {
   check.host_input("plan", plan, ScalarType::Byte, {kAny, kPlanRow});
   const uint8_t* const data = static_cast<const uint8_t*>(plan.const_data_ptr());
+  constexpr char kForeign[] = "plan is not what decoder_plan returned";
+  check.require(reinterpret_cast<uintptr_t>(data) % alignof(Header) == 0, kForeign);
   const Header& header = *reinterpret_cast<const Header*>(data);
   const int64_t count = plan.size(0) - 1;
-  check.require(count > 0 && reinterpret_cast<uintptr_t>(data) % alignof(Header) == 0 &&
-                    header.magic == kMagic && header.count == count &&
+  check.require(count > 0 && header.magic == kMagic && header.count == count &&
                     header.digest == digest(data + kPlanRow, layers_bytes(count)),
-                "plan is not what decoder_plan returned");
+                kForeign);
   check.require(header.on_cuda == first.is_cuda() && header.device == first.get_device_index(),
                 "the layers of plan are on another device: they must be on one with the rest");
   return {reinterpret_cast<const StackLayer*>(data + kPlanRow), count, header.sizes};

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <exception>
 #include <mutex>
+#include <utility>
 
 #include "decoder_plan.h"
 
@@ -36,6 +37,25 @@ void check_side(const Checks& check, const std::string& name, const Tensor* side
               {of.batch, of.kv_heads, capacity});
   check.input((name + "zero").c_str(), side[2], ScalarType::Byte,
               {of.batch, of.kv_heads, capacity});
+}
+
+constexpr const char* kNames[kTensors] = {"k_codes", "k_scale", "k_zero",
+                                          "v_codes", "v_scale", "v_zero"};
+
+// All of them are written, so none may share memory with another, also of another layer.
+void check_apart(const Checks& check, const std::vector<Tensor>& tensors) {
+  std::vector<std::pair<uintptr_t, int64_t>> starts;
+  for (size_t i = 0; i < tensors.size(); ++i)
+    if (tensors[i].numel() > 0)
+      starts.emplace_back(reinterpret_cast<uintptr_t>(tensors[i].const_data_ptr()), i);
+  std::sort(starts.begin(), starts.end());
+  const auto name = [](int64_t i) {
+    return "layers[" + std::to_string(i / kTensors) + "]." + kNames[i % kTensors];
+  };
+  for (size_t i = 1; i < starts.size(); ++i) {
+    const int64_t one = starts[i].second, other = starts[i - 1].second;
+    check.apart(name(one).c_str(), tensors[one], name(other).c_str(), tensors[other]);
+  }
 }
 
 Tensor decoder_cache(Tensor plan, std::vector<Tensor> tensors) {
@@ -79,6 +99,7 @@ Tensor decoder_cache(Tensor plan, std::vector<Tensor> tensors) {
     std::memcpy(data + kCacheRow + caches_bytes(i), &cache, sizeof cache);
     header.capacity = std::min(header.capacity, capacity);
   }
+  check_apart(check, tensors);
   header.digest = digest(data + kCacheRow, bound.count * kCacheRow);
   std::memcpy(data, &header, sizeof header);
   return out;
@@ -89,14 +110,15 @@ void take_cache(const Checks& check, const Tensor& cache, const Tensor& hidden,
                 DecoderStack& args) {
   check.host_input("cache", cache, ScalarType::Byte, {1 + args.count, kCacheRow});
   const uint8_t* const data = static_cast<const uint8_t*>(cache.const_data_ptr());
+  constexpr char kForeign[] = "cache is not what decoder_cache returned for a plan like this";
+  check.require(reinterpret_cast<uintptr_t>(data) % alignof(CacheHeader) == 0, kForeign);
   const CacheHeader& header = *reinterpret_cast<const CacheHeader*>(data);
   const StackSizes& s = args.sizes;
-  check.require(reinterpret_cast<uintptr_t>(data) % alignof(CacheHeader) == 0 &&
-                    header.magic == kMagic && header.count == args.count &&
+  check.require(header.magic == kMagic && header.count == args.count &&
                     header.kv_heads == s.kv_heads && header.head_dim == s.head_dim &&
                     header.k_bits == s.k_bits && header.v_bits == s.v_bits &&
                     header.digest == digest(data + kCacheRow, args.count * kCacheRow),
-                "cache is not what decoder_cache returned for a plan like this");
+                kForeign);
   check.require(header.on_cuda == hidden.is_cuda() && header.device == hidden.get_device_index(),
                 "the memory of cache is on another device than hidden: they must be on one");
   check.require(header.batch == args.batch, "hidden has ", args.batch, " sequences, cache ",
@@ -108,6 +130,7 @@ void take_cache(const Checks& check, const Tensor& cache, const Tensor& hidden,
 
 void take_mask(const Checks& check, const Tensor& mask, DecoderStack& args) {
   check.on_device("mask", mask);
+  check.aligned("mask", mask);
   check.shape("mask", mask, {kAny, kAny, args.t, args.past + args.t});
   const bool logical = mask.scalar_type() == ScalarType::Bool;
   args.mask_kind = logical ? Mask::kBool : Mask::kAdditive;

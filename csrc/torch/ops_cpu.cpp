@@ -5,6 +5,9 @@
 #include <pthread.h>
 #endif
 
+#include <stdexcept>
+#include <string>
+
 #include "../cpu/pick.h"
 #include "args.h"
 
@@ -37,6 +40,23 @@ int64_t units_of(const Args&, int64_t units) {
 int64_t units_of(const GemmInteger& args, int64_t) { return cpu::gemm_tiles(args); }
 int64_t units_of(const GemmW4A16& args, int64_t) { return cpu::gemm_tiles(args); }
 
+// What the CPU kernels do not know; flatquant_cuda/ops.py asks the reference for it.
+template <class Args>
+void require_known(const Args&) {}
+void require_known(const KvQuantizeAppend& args) {
+  if (args.slots)
+    throw std::runtime_error("kv_quantize_append: slots is given: the CPU kernel knows none");
+}
+template <class Args>
+void require_no_pages(const char* op, const Args& args) {
+  if (args.block_table || args.lengths)
+    throw std::runtime_error(std::string(op) + ": " +
+                             (args.block_table ? "block_table" : "lengths") +
+                             " is given: the CPU kernel knows none");
+}
+void require_known(const KvDequantize& args) { require_no_pages("kv_dequantize", args); }
+void require_known(const AttentionDecode& args) { require_no_pages("attention_decode", args); }
+
 // Run<prepare, kernel>::call has the signature of `prepare` and returns its `out`.
 template <auto kPrepare, auto kKernel, class Signature = decltype(kPrepare)>
 struct Run;
@@ -47,6 +67,7 @@ struct Run<kPrepare, kKernel, Prepared<Args, Out> (*)(Inputs...)> {
 
   static Result call(Inputs... inputs) {
     Prepared<Args, Out> prepared = kPrepare(inputs...);
+    require_known(prepared.args);
     if (prepared.units > 0) {
       const int64_t units = units_of(prepared.args, prepared.units);
       const int64_t chunks = 1 + prepared.work / kWorthAThread;
@@ -80,7 +101,7 @@ STABLE_TORCH_LIBRARY_IMPL(flatquant_cuda, CPU, m) {
   FQ_CPU_OP(attention_decode);
 }
 
-// For tests and for build_info: lowers the instruction set if `isa` is 0..2, and names the one in
+// For tests and for build_info: lowers the instruction set if `isa` is 0..3, and names the one in
 // force. Reached by ctypes.
 extern "C" __attribute__((visibility("default"))) const char* flatquant_cpu_isa(int32_t isa) {
   if (isa >= 0) fq::cpu::force_isa(static_cast<fq::cpu::Isa>(isa));

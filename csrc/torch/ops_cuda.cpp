@@ -71,4 +71,8 @@ STABLE_TORCH_LIBRARY_IMPL(flatquant_cuda, CUDA, m) {
   FQ_CUDA_OP_WITH(gemm_w4a4, fq::cuda::gemm_w4a4_workspace);
   FQ_CUDA_OP(gemm_w4a8, GemmInteger);
   FQ_CUDA_OP(gemm_w8a8, GemmInteger);
+  FQ_CUDA_OP(kv_quantize_append, KvQuantizeAppend);
+  FQ_CUDA_OP(kv_dequantize, KvDequantize);
+  FQ_CUDA_OP_WITH(attention_decode, fq::cuda::attention_decode_workspace);
+  FQ_CUDA_OP(gemm_w4a16, GemmW4A16);
 }

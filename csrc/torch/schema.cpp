@@ -29,14 +29,14 @@ STABLE_TORCH_LIBRARY(FQ_LIBRARY, m) {
   m.def("gemm_w4a16(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, int bits) -> Tensor");
   m.def(
       "kv_quantize_append(Tensor x, Tensor? transform, Tensor? clip, int bits, Tensor(a!) codes,"
-      " Tensor(b!) scale, Tensor(c!) zero, int start) -> ()");
+      " Tensor(b!) scale, Tensor(c!) zero, int start, Tensor? slots) -> ()");
   m.def(
       "kv_dequantize(Tensor codes, Tensor scale, Tensor zero, int bits, int head_dim, int length,"
-      " ScalarType out_dtype) -> Tensor");
+      " ScalarType out_dtype, Tensor? block_table, Tensor? lengths) -> Tensor");
   m.def(
       "attention_decode(Tensor q, Tensor k_codes, Tensor k_scale, Tensor k_zero, Tensor v_codes,"
       " Tensor v_scale, Tensor v_zero, Tensor? mask, int k_bits, int v_bits, int length,"
-      " float scaling) -> Tensor");
+      " float scaling, Tensor? block_table, Tensor? lengths, int window) -> Tensor");
   m.def("fake_quantize(Tensor x, Tensor clip, int bits, bool symmetric) -> Tensor");
   m.def(
       "fake_quantize_backward(Tensor grad, Tensor x, Tensor clip, int bits, bool symmetric)"

@@ -45,6 +45,7 @@ class Budget:
 
 TENSOR_CORES = (r"HMMA\.16816\.F32", r"LDSM\.16", "LDGSTS")
 WIDE = (r"LDG\..*128",)
+ATTENTION = (r"HMMA\.16816\.F32\.BF16", r"LDGSTS\.E\.\S*128", r"LDS\.128", r"MUFU\.EX2")
 # GEMMs and transforms: that one block fits. How many do is in the planners' tables, checked below.
 BUDGETS = (
     # Memory-bound; short rows have blocks of fewer threads, and so more of them.
@@ -59,8 +60,36 @@ BUDGETS = (
     Budget("transform_bf16.cu", "transform_kernel", blocks=1, needs=TENSOR_CORES),
     Budget("transform_fp16.cu", "transform_kernel", blocks=1, needs=TENSOR_CORES),
     Budget("transform_general.cu", "general_kernel", blocks=3, shared=128),
+    # Memory-bound where they are fast.
+    Budget("kv_cache.cu", r"\bdequantize_kernel", blocks=3, needs=(r"STG\.E\.128",)),
+    Budget("kv_cache.cu", "plain_kernel", blocks=8),
+    Budget("kv_cache_append.cu", "append_rows_kernel", blocks=8, needs=(r"LDG\..*64",)),
+    Budget("kv_cache_append.cu", "append_few_kernel", blocks=4, shared=8192),
+    Budget("kv_cache_append.cu", "append_many_kernel", blocks=1, needs=("FFMA", r"LDS\.128")),
+    Budget("kv_cache_append.cu", "plain_kernel", blocks=8, shared=128),
+    # As many as kAttentionSizes says: checked below.
+    Budget("attention_mma.cu", "attention_mma_kernel", blocks=2, needs=ATTENTION),
+    Budget("attention.cu", "general_kernel", blocks=4, shared=11264),
+    Budget("attention.cu", "join_kernel", blocks=8, shared=528),
     Budget("gemm.cu", "widen_kernel", blocks=8),  # memory-bound: all threads an SM can have
     Budget("gemm_mma.cu", "gemm_mma_kernel", blocks=1, needs=(r"IMMA\.16832\.S8\.S8", "LDGSTS")),
+    Budget(
+        "gemm_stream.cu",
+        "gemm_stream_kernel",
+        blocks=1,  # of 16 warps; registers: test_streams_use_the_registers_that_are_planned_with
+        needs=(r"IMMA\.16832\.S8\.S8", r"LDGSTS\..*BYPASS.*128", r"LDS\.128"),
+    ),
+    Budget("gemm_w4a16.cu", "w4a16_general_kernel", blocks=3),
+    *(
+        Budget(
+            f"gemm_w4a16_{dtype}.cu",
+            kernel,
+            blocks=blocks,
+            needs=(r"HMMA\.16816\.F32", r"LDSM\.16", r"LDGSTS\..*BYPASS.*128"),
+        )
+        for dtype in ("bf16", "fp16")
+        for kernel, blocks in (("stream_kernel", 2), ("tile_kernel<.*, 1, 1, 4>", 4), ("tile", 1))
+    ),
     Budget("gemm_s4_cutlass_sm8x.cu", "", blocks=1, needs=(r"IMMA\.16864\.[SU]4\.S4", "LDSM")),
     Budget("gemm_s8s4_cutlass_sm8x.cu", "", blocks=1, needs=(r"IMMA\.16832\.S8\.S8", "LDSM")),
 )
@@ -104,7 +133,7 @@ def gemm_calls(kernel: sass.Kernel) -> str | None:
     Calls to labels and to these routines are the versions of warp-wide instructions for a warp that
     has split up; it never does.
     """
-    split_warp = re.compile(r"\.L_x_|\$__internal_\d+_\$__cuda_(sm70_\w+sync|reduxsync)_")
+    split_warp = re.compile(r"\.L_x_|\$__internal_\d+_\$__cuda_(sm70_\w+sync|reduxsync)(_|$)")
     called = [name for name in kernel.calls if not split_warp.match(name)]
     if not kernel.source.startswith("gemm") or not called:
         return None
@@ -259,6 +288,27 @@ def test_gemm_tiles_are_resident_as_planned(native: Any, kernels: list[sass.Kern
         assert seen == set(tiles)
 
 
+def test_streams_use_the_registers_that_are_planned_with(
+    native: Any, kernels: list[sass.Kernel]
+) -> None:
+    """Of gemm_stream by its products down and across, of gemm_w4a16 by the threads of a block."""
+    streams = {(tile["rows"] // 16, tile["tokens"] // 8): tile for tile in native.STREAM_TILES}
+    floats = {tile["kernel"]: tile for tile in native.W4A16_TILES}
+    seen = set()
+    for kernel in kernels:
+        if match := re.search(r"\bgemm_stream_kernel<.*>, (\d+), (\d+)>", kernel.name):
+            size = int(match[1]), int(match[2])
+            seen.add(size)
+            assert kernel.registers <= streams[size]["registers"], kernel
+        elif match := re.search(r"\bw4a16_(stream|tile)_kernel<", kernel.name):
+            name = "stream" if match[1] == "stream" else "small_tile"
+            name = "large_tile" if kernel.threads != floats[name]["threads"] else name
+            seen.add(name)
+            assert kernel.threads == floats[name]["threads"], kernel
+            assert kernel.registers <= floats[name]["registers"], kernel
+    assert seen == {*streams, *floats}
+
+
 def test_transforms_use_the_registers_that_are_planned_with(
     native: Any, kernels: list[sass.Kernel]
 ) -> None:
@@ -273,6 +323,20 @@ def test_transforms_use_the_registers_that_are_planned_with(
     assert used.keys() == planned.keys()
     for tiles, registers in used.items():
         assert registers <= planned[tiles] <= registers + 16, tiles
+
+
+def test_attention_blocks_are_resident_as_planned(native: Any, kernels: list[sass.Kernel]) -> None:
+    seen = set()
+    for kernel in kernels:
+        match = re.search(r"\battention_mma_kernel<(\d+), (\d+)>", kernel.name)
+        if match:
+            dim, resident = map(int, match.groups())
+            assert native.ATTENTION_SIZES[dim] == resident
+            assert kernel.threads == native.ATTENTION_THREADS
+            registers = -(-kernel.registers // 8) * 8 * kernel.threads
+            assert registers * resident <= REGISTERS_PER_SM, kernel
+            seen.add(dim)
+    assert seen == set(native.ATTENTION_SIZES)
 
 
 # ---- what is shipped -----------------------------------------------------------------------------

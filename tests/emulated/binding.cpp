@@ -31,6 +31,10 @@ __attribute__((weak)) int hadamard(const Hadamard&, void*, void*);
 __attribute__((weak)) int gemm_w4a4(const GemmInteger&, void*, void*);
 __attribute__((weak)) int gemm_w4a8(const GemmInteger&, void*, void*);
 __attribute__((weak)) int gemm_w8a8(const GemmInteger&, void*, void*);
+__attribute__((weak)) int kv_quantize_append(const KvQuantizeAppend&, void*, void*);
+__attribute__((weak)) int kv_dequantize(const KvDequantize&, void*, void*);
+__attribute__((weak)) int attention_decode(const AttentionDecode&, void*, void*);
+__attribute__((weak)) int gemm_w4a16(const GemmW4A16&, void*, void*);
 }  // namespace fq::cuda
 
 namespace fq::binding {
@@ -121,6 +125,30 @@ void redirect(Hadamard& args, Outputs& outputs) {
 void redirect(GemmInteger& args, Outputs& outputs) {
   outputs.redirect("out", args.out, args.m * args.n, size_of(args.out_dtype));
 }
+void redirect(GemmW4A16& args, Outputs& outputs) {
+  outputs.redirect("out", args.out, args.m * args.n, size_of(args.dtype));
+}
+
+void redirect(KvDequantize& args, Outputs& outputs) {
+  outputs.redirect("out", args.out, args.batch_heads * args.length * args.head_dim,
+                   size_of(args.out_dtype));
+}
+void redirect(AttentionDecode& args, Outputs& outputs) {
+  outputs.redirect("out", args.out, args.batch * args.heads * args.tq * args.head_dim,
+                   size_of(args.dtype));
+}
+// A cache is written in part: what is there must stay.
+void redirect(KvQuantizeAppend& args, Outputs& outputs) {
+  const int64_t rows = args.blocks * args.kv_heads * args.capacity;
+  const void* const before[] = {args.codes, args.scale, args.zero};
+  const int64_t bytes = rows * packed_bytes(args.head_dim, args.bits);
+  outputs.redirect("codes", args.codes, bytes, 1);
+  outputs.redirect("scale", args.scale, rows, 4);
+  outputs.redirect("zero", args.zero, rows, 1);
+  std::memcpy(args.codes, before[0], bytes);
+  std::memcpy(args.scale, before[1], 4 * rows);
+  std::memcpy(args.zero, before[2], rows);
+}
 
 template <class Args>
 int64_t no_workspace(const Args&) {
@@ -132,7 +160,9 @@ struct Run;
 
 template <auto kPrepare, auto kLaunch, auto kBytes, class Args, class Out, class... Inputs>
 struct Run<kPrepare, kLaunch, kBytes, Prepared<Args, Out> (*)(Inputs...)> {
-  static Out call(Inputs... inputs) {
+  using Result = std::conditional_t<std::is_same_v<Out, Nothing>, void, Out>;
+
+  static Result call(Inputs... inputs) {
     Prepared<Args, Out> prepared = kPrepare(inputs...);
     if (prepared.units > 0) {
       Outputs outputs;
@@ -145,7 +175,7 @@ struct Run<kPrepare, kLaunch, kBytes, Prepared<Args, Out> (*)(Inputs...)> {
       workspace.check("the workspace");
       outputs.copy_back();
     }
-    return std::move(prepared.out);
+    if constexpr (!std::is_same_v<Out, Nothing>) return std::move(prepared.out);
   }
 };
 
@@ -165,6 +195,10 @@ STABLE_TORCH_LIBRARY_IMPL(flatquant_emulated, CPU, m) {
   FQ_EMULATED_OP_WITH(gemm_w4a4, fq::cuda::gemm_w4a4_workspace);
   FQ_EMULATED_OP(gemm_w4a8, GemmInteger);
   FQ_EMULATED_OP(gemm_w8a8, GemmInteger);
+  FQ_EMULATED_OP(kv_quantize_append, KvQuantizeAppend);
+  FQ_EMULATED_OP(kv_dequantize, KvDequantize);
+  FQ_EMULATED_OP_WITH(attention_decode, fq::cuda::attention_decode_workspace);
+  FQ_EMULATED_OP(gemm_w4a16, GemmW4A16);
 }
 
 // For tests, by ctypes.

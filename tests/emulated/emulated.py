@@ -46,8 +46,12 @@ class Emulated:
         """The answer of the CUDA sources."""
         op = getattr(torch.ops.flatquant_emulated, call.op)
         named = call.named()
+        cache: tuple[Tensor, ...] = ()
+        if call.op == "kv_quantize_append":  # which writes into it
+            cache = tuple(named[name].clone() for name in ("codes", "scale", "zero"))
+            named |= dict(zip(("codes", "scale", "zero"), cache, strict=True))
         result = op(*(named[argument.name] for argument in op.default._schema.arguments))
-        return result if isinstance(result, tuple) else (result,)
+        return cache or (result if isinstance(result, tuple) else (result,))
 
     def launches(self) -> list[str]:
         """What was launched since the last call: kernel, grid, block, cluster, shared memory."""

@@ -107,6 +107,17 @@ inline void copy_async(void* shared, const void* global, int valid_bytes) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "no such copy");
   emulated::copy_async(shared, global, kBytes, valid_bytes);
 }
+inline void copy_async_once(void* shared, const void* global, int valid_bytes) {
+  emulated::copy_async(shared, global, 16, valid_bytes);
+}
+inline void copy_async_kept(void* shared, const void* global, int valid_bytes) {
+  emulated::copy_async(shared, global, 16, valid_bytes);
+}
+inline uint64_t cache_policy(bool once) { return once; }
+template <int kBytes>
+inline void copy_async_with_policy(void* shared, const void* global, uint64_t /*policy*/) {
+  copy_async<kBytes>(shared, global);
+}
 inline void copy_async_commit() { emulated::copy_async_commit(); }
 template <int kPending>
 inline void copy_async_wait() {
@@ -144,6 +155,14 @@ inline uint32_t min2(uint32_t a, uint32_t b) {
   return max2<kType>(a ^ 0x80008000u, b ^ 0x80008000u) ^ 0x80008000u;
 }
 
+template <Dtype kType>
+inline uint32_t add2(uint32_t a, uint32_t b) {
+  float a_lo, a_hi, b_lo, b_hi;
+  widen2<kType>(a, a_lo, a_hi);
+  widen2<kType>(b, b_lo, b_hi);
+  return pack2<kType>(a_lo + b_lo, a_hi + b_hi);
+}
+
 inline int32_t round_to_int(float x) { return __float2int_rn(x); }
 
 inline uint32_t pack_s4(int32_t a, int32_t b, uint32_t c) {
@@ -172,6 +191,8 @@ inline void store_streaming(T* global, T value) {
 
 inline void prefetch_l2(const void*) {}
 inline int opaque(int x) { return x; }
+
+inline void wait_for_earlier_kernels() {}
 
 inline void cluster_arrive() { emulated::cluster_arrive(); }
 inline void cluster_wait(emulated::Site site = emulated::Site::here()) {

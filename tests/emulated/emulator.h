@@ -149,6 +149,8 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
   ::fq::emulated::launch(#kernel, kernel, grid, block, 1, shared_bytes, stream, __VA_ARGS__)
 #define FQ_LAUNCH_CLUSTER(kernel, grid, block, cluster, shared_bytes, stream, ...) \
   ::fq::emulated::launch(#kernel, kernel, grid, block, cluster, shared_bytes, stream, __VA_ARGS__)
+#define FQ_LAUNCH_EARLY(kernel, grid, block, cluster, shared_bytes, stream, ...) \
+  ::fq::emulated::launch(#kernel, kernel, grid, block, cluster, shared_bytes, stream, __VA_ARGS__)
 #define FQ_DYNAMIC_SHARED(type, name) \
   type* const name = reinterpret_cast<type*>(::fq::emulated::dynamic_shared())
 

@@ -22,6 +22,10 @@ OPS = (
     "gemm_w4a4",
     "gemm_w4a8",
     "gemm_w8a8",
+    "gemm_w4a16",
+    "kv_quantize_append",
+    "kv_dequantize",
+    "attention_decode",
 )
 
 
@@ -126,11 +130,35 @@ SIZES = (576, 896, 1536, 2048, 2560, 3072, 3584, 4096, 4864, 5120, 8192, 8960, 1
 HEADS = ((9, 64), (14, 64), (12, 128), (16, 128), (28, 128), (32, 128), (40, 128), (64, 128))
 # (base, power) with base * power a size of such a model.
 HADAMARDS = ((1, 4096), (1, 16384), (28, 512), (172, 64), (148, 128), (20, 256), (7, 4096))
+# Queries per key, keys and values, head_dim: SmolLM2, Phi-2, Phi-3, Llama-3, Qwen2.5, Gemma.
+CACHES = ((3, 2, 64), (1, 2, 80), (1, 3, 96), (4, 2, 128), (7, 1, 128), (8, 1, 256))
 PRODUCTS = ((128, 128, 256), (129, 136, 320), (64, 264, 1024), (300, 250, 64))
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 A100, RTX_3090, H100 = GPUS
 BYTES = {"layout": packing.BYTES}
+
+
+def _cached() -> Iterator[tuple[Case, torch.dtype, str]]:
+    """A token or a few against a packed cache; lengths around the kernels' chunks of 256."""
+    append, read, attend = "kv_quantize_append", "kv_dequantize", "attention_decode"
+    for i, (group, heads, d) in enumerate(CACHES):
+        gpu, dtype = GPUS[i % 3], (BF16, FP16)[i % 2]
+        bits = {"k_bits": (4, 3, 2)[i % 3], "v_bits": (4, 4, 8)[i % 3]}
+        options = {"transform": True, "clip": True, "capacity": 4, "halves": i % 2 == 0}
+        yield Case(append, (2, heads, 2, d), {**options, "bits": 4}), dtype, gpu
+        yield Case(append, (1, 2, 40, d), {"capacity": 16, "blocks": 3}), dtype, gpu
+        yield Case(append, (1, 2, 70, d), {**options, "capacity": 70}), dtype, f"{gpu}/1"
+        yield Case(read, (1, heads, 64, d), {"length": 61}), dtype, gpu
+        for length in (255, 256, 257, 511 + i):
+            sizes = (1, group * heads, heads, 1 + length % 2, d, 528)
+            yield Case(attend, sizes, {"length": length, **bits}), dtype, f"{gpu}/{1 + i}"
+        paged = {"blocks": 20, "lengths": (257, 300), "window": 100 * i}
+        yield Case(attend, (2, group * heads, heads, 1 + i, d, 16), {**paged, **bits}), dtype, gpu
+    yield Case(attend, (1, 8, 2, 16, 64, 64), {"mask": "causal"}), BF16, H100
+    yield Case(attend, (1, 2, 1, 1, 256, 320), {"k_bits": 8, "v_bits": 8}), BF16, RTX_3090
+    yield Case(attend, (1, 2, 1, 1, 256, 320), {"k_bits": 2, "v_bits": 2}), FP16, H100
+    yield Case(attend, (1, 2, 1, 1, 264, 32)), BF16, H100  # larger than tensor cores take
 
 
 def _decoding() -> Iterator[tuple[Case, torch.dtype, str]]:
@@ -152,10 +180,12 @@ def _decoding() -> Iterator[tuple[Case, torch.dtype, str]]:
         yield Case("gemm_w4a4", ((1,), 24, n)), BF16, A100
         yield Case("gemm_w4a8", ((2,), 24, n)), BF16, H100
         yield Case("gemm_w8a8", ((3,), 24, n), {"symmetric": False}), FP16, RTX_3090
+        yield Case("gemm_w4a16", ((2,), 24, n, 1)), BF16, A100
     for size in (48, 64, 80, 112, 128):
         yield Case("kronecker_quantize", (2, 20, size), {"sides": "right"}), BF16, H100
     for sides in ("left", "right", "none"):  # more than shared memory holds
         yield Case("kronecker_quantize", (1, 168, 176), {"sides": sides}), FP32, RTX_3090
+    yield from _cached()
     for heads, size in HEADS:
         for gpu, dtype in zip(GPUS, (BF16, FP16, BF16), strict=True):
             yield Case("kronecker_quantize", (2, heads, size), {"sides": "left"}), dtype, gpu
@@ -183,5 +213,29 @@ def _prefilling() -> Iterator[tuple[Case, torch.dtype, str]]:
         yield Case("hadamard", (5, base, power), {"base": base > 1}), BF16, f"{A100}/1"
 
 
+def _streaming() -> Iterator[Row]:
+    """Weights past few tokens: every batch, odd sizes, splits over warps and blocks, all widths."""
+    fused = {"bias": torch.float32, "residual": True}
+    for m in range(1, 34):
+        op = ("gemm_w4a4", "gemm_w4a8", "gemm_w8a8")[m % 3]
+        gpu, dtype = GPUS[m // 3 % 3], (BF16, FP16, FP32)[m % 2]
+        options = (fused, {"symmetric": False}, {})[m // 9 % 3]
+        yield Row(Case(op, ((m,), 16 + 3 * m, 64 * (m % 5 + 1)), options), dtype, gpu)
+        options = {"bits": 2 + m % 3, "bias": torch.float32}
+        case = Case("gemm_w4a16", ((m,), 40 + m, 32 * (m % 7 + 1), 1), options)
+        yield Row(case, dtype, f"{gpu}/1" if m % 4 == 0 else gpu)
+    for op in ("gemm_w4a4", "gemm_w4a8", "gemm_w8a8"):
+        yield Row(Case(op, ((12,), 70, 2048), {"symmetric": False, **fused}), BF16, H100)
+        yield Row(Case(op, ((5,), 50, 1088), fused), FP32, A100)
+        yield Row(Case(op, ((37,), 33, 640)), FP16, RTX_3090)
+    for groups, k in ((1, 1100), (9, 1152), (20, 640), (5, 640), (3, 288), (2, 2048), (1, 70)):
+        for m in (3, 11, 20, 66):
+            case = Case("gemm_w4a16", ((m,), 133, k, groups), {"bits": 4 - groups % 3})
+            yield Row(case, (BF16, FP16)[m % 2], H100 if m < 20 else f"{A100}/1")
+        case = Case("gemm_w4a16", ((62,), 127, k, groups), {"bits": 2 + groups % 3})  # large tiles
+        yield Row(case, (BF16, FP16)[k % 3 % 2], f"{A100}/1")
+
+
+STREAMS = tuple(_streaming())
 MODELS = tuple(Row(*row, few_tokens=True) for rows in (_decoding(), _prefilling()) for row in rows)
-EVERY_ROW = TABLE + FURTHER_ROWS + MODELS
+EVERY_ROW = TABLE + FURTHER_ROWS + STREAMS + MODELS

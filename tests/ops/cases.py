@@ -40,7 +40,8 @@ class Call:
         if self.op == "attention_decode" and found["scaling"] is None:
             found["scaling"] = found["q"].shape[-1] ** -0.5
         if "length" in found and found["length"] is None:
-            found["length"] = found.get("codes", found.get("k_codes")).shape[-2]
+            codes = found.get("codes", found.get("k_codes"))
+            found["length"] = reference.capacity_of(codes, found["block_table"])
         return found
 
     def schema_args(self) -> tuple[Any, ...]:
@@ -48,6 +49,11 @@ class Call:
         schema = getattr(torch.ops.flatquant_cuda, self.op).default._schema
         named = self.named()
         return tuple(named[argument.name] for argument in schema.arguments)
+
+    def in_pages(self) -> bool:
+        """Whether only CUDA kernels and the reference know such a call."""
+        pages = (self.kwargs.get(name) for name in ("slots", "block_table", "lengths"))
+        return any(tensor is not None for tensor in pages)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Call:
         """The same call with every tensor changed."""
@@ -234,6 +240,12 @@ def _cache(
     return codes, scale, zero
 
 
+def _block_table(batch: int, blocks: int, generator: torch.Generator) -> Tensor:
+    """Every sequence's blocks, of a cache of as many, in any order."""
+    order = torch.randperm(batch * blocks, generator=generator)
+    return order.reshape(batch, blocks).to(torch.int32)
+
+
 def _kv_append(
     batch: int,
     heads: int,
@@ -247,11 +259,20 @@ def _kv_append(
     transform: bool = False,
     clip: bool = False,
     start: int = 0,
+    blocks: int | None = None,
+    halves: bool = False,
 ) -> Arguments:
     options: dict[str, Any] = {"bits": bits, "start": start, "clip": _clip(clip)}
     x = _values((batch, heads, t, d), dtype, generator)
     if transform:
-        options["transform"] = torch.randn(d, d, generator=generator) / d**0.5
+        matrix = torch.randn(d, d, generator=generator) / d**0.5
+        options["transform"] = matrix.to(dtype) if halves else matrix
+    if blocks is not None:  # of `capacity` positions each; some slots are outside of the cache
+        slots = torch.randperm(blocks * capacity, generator=generator)[: batch * t]
+        options["slots"] = slots.reshape(batch, t)
+        options["slots"][:, 3::7] += blocks * capacity
+        options["slots"][:, ::5] = -1
+        return (x, *_cache(blocks, heads, capacity, d, bits, generator)), options
     return (x, *_cache(batch, heads, capacity, d, bits, generator)), options
 
 
@@ -265,8 +286,15 @@ def _kv_dequantize(
     generator: torch.Generator,
     bits: int = 4,
     length: int | None = None,
+    blocks: int | None = None,
+    lengths: tuple[int, ...] | None = None,
 ) -> Arguments:
     options = {"bits": bits, "head_dim": d, "length": length, "out_dtype": dtype}
+    if lengths is not None:
+        options["lengths"] = torch.tensor(lengths, dtype=torch.int32)
+    if blocks is not None:
+        options["block_table"] = _block_table(batch, blocks, generator)
+        return _cache(batch * blocks, heads, capacity, d, bits, generator), options
     return _cache(batch, heads, capacity, d, bits, generator), options
 
 
@@ -285,12 +313,23 @@ def _attention(
     length: int | None = None,
     mask: str | None = None,
     scaling: float | None = None,
+    blocks: int | None = None,
+    lengths: tuple[int, ...] | None = None,
+    window: int = 0,
 ) -> Arguments:
     q = torch.randn(batch, heads, tq, d, generator=generator).to(dtype)
-    keys = _cache(batch, kv_heads, capacity, d, k_bits, generator)
-    values = _cache(batch, kv_heads, capacity, d, v_bits, generator)
-    used = capacity if length is None else length
+    sequences = batch if blocks is None else batch * blocks
+    keys = _cache(sequences, kv_heads, capacity, d, k_bits, generator)
+    values = _cache(sequences, kv_heads, capacity, d, v_bits, generator)
+    used = capacity * (blocks or 1) if length is None else length
     options: dict[str, Any] = {"k_bits": k_bits, "v_bits": v_bits, "length": length}
+    if blocks is not None:  # of `capacity` positions each
+        table = options["block_table"] = _block_table(batch, blocks, generator)
+        if lengths is not None:  # what is not in use may be anything
+            for row, size in zip(table, lengths, strict=True):
+                row[-(-size // capacity) :] = -7
+    if lengths is not None:
+        options |= {"lengths": torch.tensor(lengths, dtype=torch.int32), "window": window}
     causal = torch.ones(tq, used, dtype=torch.bool).tril(used - tq)
     if mask == "causal":
         options["mask"] = causal
@@ -427,14 +466,20 @@ def _append_near(call: Call, got: tuple[Tensor, ...], want: tuple[Tensor, ...]) 
 def _attention_near(call: Call, got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
     named = call.named()
     d, length, q = named["q"].shape[-1], named["length"], named["q"].double()
-    k = reference._kv_values(*call.args[1:4], named["k_bits"], d, length)
-    v = reference._kv_values(*call.args[4:7], named["v_bits"], d, length)
+    k, v = (
+        reference._kv_values(
+            *reference._gathered(call.op, side, named["block_table"]), bits, d, length
+        )
+        for side, bits in ((call.args[1:4], named["k_bits"]), (call.args[4:7], named["v_bits"]))
+    )
     if not length or not q.numel():
         return _exact(call, got, want)
     group = q.shape[1] // k.shape[1]
     keys = k.double().abs().repeat_interleave(group, 1)
     score = (q.abs() @ keys.transpose(-1, -2)).nan_to_num().max() * abs(named["scaling"])
     relative = ULP * (2 * (d + 8) * score + 16 + 8 + length / 16)
+    if named["q"].dtype != torch.float32:
+        relative = relative + 2.0**-17  # tensor cores: weights of 16 bits
     return _near(got[0], want[0], 2 * relative * v.abs().nan_to_num().max())
 
 
@@ -532,6 +577,20 @@ CASES: tuple[Case, ...] = (
     Case("kv_quantize_append", (1, 2, 4, 64), {"capacity": 8, "clip": True, "start": 4}),
     Case("kv_quantize_append", (2, 3, 40, 64), {"capacity": 40, "transform": True, "clip": True}),
     Case("kv_quantize_append", (2, 3, 40, 7), {"capacity": 64, "transform": True, "bits": 2}),
+    *(
+        Case("kv_quantize_append", (1, 2, 3, d), {"capacity": 3, "transform": True, "bits": b})
+        for d, b in ((64, 2), (80, 3), (96, 4), (128, 8), (256, 4))
+    ),
+    Case("kv_quantize_append", (2, 3, 9, 80), {"capacity": 4, "blocks": 6, "bits": 2}),
+    Case("kv_quantize_append", (2, 2, 9, 64), {"capacity": 8, "blocks": 5, "transform": True}),
+    Case(
+        "kv_quantize_append",
+        (2, 2, 9, 7),
+        {"capacity": 8, "blocks": 5, "transform": True, "halves": True},
+    ),
+    Case("kv_dequantize", (2, 3, 16, 64), {"blocks": 3, "length": 40, "lengths": (33, 50)}),
+    Case("kv_dequantize", (2, 3, 7, 13), {"blocks": 3, "lengths": (0, 21)}),
+    *(Case("kv_dequantize", (2, 3, 90, 80), {"bits": bits}) for bits in (2, 4, 8)),
     *(Case("kv_dequantize", (2, 3, 5, 13), {"bits": bits}) for bits in range(2, 9)),
     Case("kv_dequantize", (1, 2, 9, 64), {"length": 4}),
     Case("kv_dequantize", (2, 2, 6, 8), {"length": 0}),
@@ -542,6 +601,31 @@ CASES: tuple[Case, ...] = (
     Case("attention_decode", (2, 4, 2, 3, 16, 20), {"mask": "additive"}),
     Case("attention_decode", (2, 4, 1, 3, 16, 20), {"mask": "broadcast", "scaling": 0.5}),
     Case("attention_decode", (1, 2, 1, 40, 16, 150), {"mask": "causal"}),
+    *(  # the sizes that tensor cores take
+        Case("attention_decode", (1, heads, 2, tq, d, 272), {"length": 263, "mask": mask})
+        for heads, tq, d, mask in (
+            (2, 1, 64, None),
+            (6, 2, 80, "causal"),
+            (8, 1, 96, "additive"),
+            (16, 1, 128, None),
+            (2, 3, 256, "padding"),
+        )
+    ),
+    *(
+        Case("attention_decode", (1, 8, 2, 2, 64, 20), {"k_bits": k, "v_bits": v})
+        for k, v in ((2, 8), (8, 2), (3, 6))
+    ),
+    *(
+        Case(
+            "attention_decode",
+            (3, 4, 2, tq, 64, 32),
+            {"blocks": 17, "lengths": (300, 256, tq - 1), "window": window},
+        )
+        for tq, window in ((1, 0), (5, 0), (4, 40), (2, 270))
+    ),
+    Case("attention_decode", (2, 2, 1, 3, 20, 7), {"blocks": 5, "lengths": (0, 33), "window": 9}),
+    Case("attention_decode", (2, 2, 1, 1, 64, 16), {"blocks": 3, "mask": "padding"}),
+    Case("attention_decode", (2, 2, 1, 3, 64, 600), {"lengths": (513, 250), "length": 515}),
     Case("attention_decode", (2, 2, 1, 2, 8, 6), {"length": 0}),
     Case("attention_decode", (1, 2, 1, 0, 8, 6)),
     *(
@@ -565,4 +649,5 @@ def every_case() -> list[tuple[Case, torch.dtype]]:
 def first_case(op: str) -> Case:
     """A row of the table that is not degenerate, for tests that need one per op."""
     options = [case for case in CASES if case.op == op]
+    options = [case for case in options if not {"blocks", "lengths"} & case.options.keys()]
     return max(options, key=lambda case: len(case.options))

@@ -139,6 +139,9 @@ def big_calls() -> list[Call]:
         Case("kronecker_quantize", (64, 64, 64), {"rms_eps": 1e-5}),
         Case("hadamard", (64, 1, 4096), {"base": False}),
         *(Case(op, ((64,), 512, 1024)) for op in ("gemm_w4a4", "gemm_w4a8", "gemm_w8a8")),
+        Case("kv_quantize_append", (2, 8, 40, 128), {"capacity": 40, "transform": True}),
+        Case("kv_dequantize", (2, 8, 600, 128)),
+        Case("attention_decode", (2, 32, 8, 1, 128, 4096), {"lengths": (4000, 77)}),
     ]
     calls = [case.call(torch.bfloat16, "cuda") for case in cases]
     return [call for call in calls if call.op in CUDA_OPS]
@@ -179,6 +182,66 @@ def test_graphs_replay() -> None:
         graph.replay()
         torch.cuda.synchronize()
         assert same(got, want), call.op
+
+
+def test_one_graph_serves_all_lengths() -> None:
+    """Captured for the largest; lengths, slots and blocks change on the device."""
+    batch, most = 2, 4096
+    options = {"blocks": most // 16, "lengths": (1, 1)}
+    call = Case("attention_decode", (batch, 32, 8, 1, 128, 16), options).call(HALVES[0], "cuda")
+    q, *cache = call.args
+    table = torch.arange(batch * most // 16, device="cuda", dtype=torch.int32).view(batch, -1)
+    lengths = torch.ones(batch, dtype=torch.int32, device="cuda")
+    slots = torch.zeros(batch, 1, dtype=torch.int64, device="cuda")
+    new = torch.randn(batch, 8, 1, 128, device="cuda").to(HALVES[0])
+
+    def step(planned: int) -> Tensor:
+        ops.kv_quantize_append(new, *cache[:3], slots=slots)
+        ops.kv_quantize_append(new, *cache[3:], slots=slots)
+        return ops.attention_decode(
+            q, *cache, block_table=table, lengths=lengths, length=planned, window=1000
+        )
+
+    step(most)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        answer = step(most)
+    for used in (1, 16, 255, 256, 257, 1025, 4096):
+        lengths.copy_(torch.tensor([used, max(1, used - 3)]))
+        slots.copy_((torch.arange(batch, device="cuda") * most + lengths - 1)[:, None])
+        graph.replay()
+        assert same((answer,), (step(used),)), used
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_attention_does_not_depend_on_its_batch(dtype: torch.dtype) -> None:
+    """Nor does appending: both are the same bits in any batch."""
+    options = {"capacity": 2100, "transform": True, "clip": True}
+    call = Case("kv_quantize_append", (8, 8, 2048, 128), options).call(dtype, "cuda")
+    whole = call.run(ops.kv_quantize_append)
+    for b in (0, 5):
+        one = slice(b, b + 1)
+        part = Call(call.op, tuple(t[one, :, :2048].contiguous() for t in call.args), call.kwargs)
+        got = part.run(ops.kv_quantize_append)
+        assert same(got, tuple(t[one, :, :2048] for t in whole))
+        few = Call(call.op, tuple(t[:, :, :1].contiguous() for t in part.args), call.kwargs)
+        assert same(few.run(ops.kv_quantize_append), tuple(t[:, :, :1] for t in got))
+    call = Case("attention_decode", (64, 32, 8, 1, 128, 2048), {"length": 2000}).call(dtype, "cuda")
+    answers = call.run(ops.attention_decode)[0]
+    for b in (0, 40):
+        part = Call(call.op, tuple(t[b : b + 1] for t in call.args), call.kwargs)
+        assert same(part.run(ops.attention_decode), (answers[b : b + 1],))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("d", [64, 80, 96, 128, 256])
+def test_append_is_that_of_the_cpu(d: int, bits: int) -> None:
+    for dtype in (*HALVES, torch.float32):
+        for t in (1, 3000):
+            options = {"capacity": t, "transform": True, "bits": bits}
+            call = Case("kv_quantize_append", (1, 3, t, d), options).call(dtype)
+            assert same(on_gpu(call), call.run(ops.kv_quantize_append))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU only")

@@ -117,7 +117,11 @@ def test_cached_and_uncached_codes_are_the_same(bits, dtype, monkeypatch):
         seen.append((key, value))
         return original(query, key, value, *rest)
 
+    uncached = flatquant_attention(module, query, key, value, None)[0]
+    cached = flatquant_attention(module, query, *handles, None)[0]
+    assert torch.equal(cached, uncached)
     monkeypatch.setattr(attention, "_attend_float", spy)
+    monkeypatch.setattr(attention, "DECODE_QUERIES", 16)
     uncached = flatquant_attention(module, query, key, value, None)[0]
     cached = flatquant_attention(module, query, *handles, None)[0]
     assert torch.equal(cached, uncached)
@@ -145,9 +149,11 @@ def test_decode_op_agrees_with_dequantized_attention(monkeypatch):
 
 
 def test_nothing_is_done_twice(monkeypatch):
+    """Of 40 positions, 20 queries take the op that reads codes, 40 dequantize once."""
+    monkeypatch.setattr(attention, "DECODE_QUERIES", 20)
     counter = Counter(monkeypatch)
     module = Attention(quantizer())
-    query, key, value = states(20)
+    query, key, value = states(40)
     flatquant_attention(module, query, key, value, None)
     assert counter.take() == {"kv_quantize_append": 2, "kronecker": 1, "kv_dequantize": 2}
     layer = Int4Layer(module)
@@ -155,8 +161,21 @@ def test_nothing_is_done_twice(monkeypatch):
     assert counter.take() == {"kv_quantize_append": 2}
     flatquant_attention(module, query, *handles, None)
     assert counter.take() == {"kronecker": 1, "kv_dequantize": 2}
-    flatquant_attention(module, query[:, :, :1], *handles, None)
-    assert counter.take() == {"kronecker": 1, "attention_decode": 1}
+    for queries in (20, 1):
+        flatquant_attention(module, query[:, :, :queries], *handles, None)
+        assert counter.take() == {"kronecker": 1, "attention_decode": 1}
+
+
+def test_a_query_that_wants_a_gradient_gets_one():
+    query, key, value = states(20)
+    query.requires_grad_()
+    module = Attention(quantizer(transform=False))
+    out = flatquant_attention(module, query, key, value, None)[0]
+    out.sum().backward()
+    assert query.grad is not None and query.grad.abs().sum() > 0
+    with torch.no_grad():
+        codes = flatquant_attention(module, query, key, value, None)[0]
+    assert torch.allclose(out, codes, atol=1e-5)
 
 
 def test_sixteen_bits_are_left_alone(monkeypatch):
@@ -171,8 +190,9 @@ def test_sixteen_bits_are_left_alone(monkeypatch):
 
 
 @pytest.mark.parametrize("queries", [12, 20])
-def test_nan_reaches_exactly_the_queries_that_attend_to_it(queries):
-    """12 queries take the decode op, 20 take SDPA."""
+def test_nan_reaches_exactly_the_queries_that_attend_to_it(queries, monkeypatch):
+    """12 queries take the op that reads codes, 20 take SDPA."""
+    monkeypatch.setattr(attention, "DECODE_QUERIES", 16)
     module = Attention(quantizer())
     query, key, value = states(queries)
     key[0, 1, 7, 3] = float("nan")
@@ -192,7 +212,8 @@ def test_nan_reaches_exactly_the_queries_that_attend_to_it(queries):
     assert torch.equal(again.isnan(), masked.isnan())
 
 
-def test_a_query_that_may_attend_to_nothing_gives_zero():
+def test_a_query_that_may_attend_to_nothing_gives_zero(monkeypatch):
+    monkeypatch.setattr(attention, "DECODE_QUERIES", 16)
     module = Attention(quantizer())
     for queries in (4, 20):
         query, key, value = states(queries)
