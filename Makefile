@@ -99,7 +99,7 @@ demo: build $(STAMPS)/model
 
 test: build
 	@$(BIN)/python -c 'import sys, flatquant_cuda as f; sys.exit(f.backend("gemm_w4a4") != "native" and "make test: the native library did not load; see python -m flatquant_cuda")'
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup $(PYTEST)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) $(PYTEST)
 
 test-long: build $(STAMPS)/model
 	$(BIN)/python -m pytest -q -m long $(PYTEST)

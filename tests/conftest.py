@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import pytest
 
-HERE = Path(__file__).parent
 #: Folders whose tests share what is slow to make: a build, the machine code of all kernels.
-TOGETHER = ("cuda", "emulated")
+TOGETHER = ("tests/cuda/", "tests/emulated/")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each of these folders to one process."""
-    for item in items:
-        folder = item.path.relative_to(HERE).parts[0]
-        if folder in TOGETHER:
-            item.add_marker(pytest.mark.xdist_group(folder))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each of these folders to one process, and all other tests one by one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Folders(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return next((folder for folder in TOGETHER if nodeid.startswith(folder)), nodeid)
+
+    return Folders(config, log)
