@@ -2,22 +2,87 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 
-class LearnedClip(nn.Module):
-    """Two ratios in (0, 1), for the maximum and the minimum, as sigmoids of free logits.
+@dataclass(frozen=True, kw_only=True)
+class Learned:
+    """A pair of clip ratios that is learned.
 
-    The start 4.0 (ratio 0.982) and the sigmoid are FlatQuant's (section 3.2, LCT). One pair
-    per activation site, or one per weight row.
+    Attributes:
+        start: logit that both ratios start from; 4.0 (ratio 0.982) is FlatQuant's.
     """
 
-    def __init__(self, rows: int | None = None, *, start: float = 4.0) -> None:
+    start: float = 4.0
+
+
+ClipSetting = float | Learned
+"""A fixed ratio in (0, 1], where 1 is no clip, or `Learned()`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clips:
+    """Which clip ratios a method sets, and which it learns.
+
+    Attributes:
+        weights: one pair per output channel.
+        activations: one pair per input that linears share.
+        keys: one pair per layer.
+        values: one pair per layer.
+
+    Raises:
+        ValueError: a ratio outside (0, 1].
+    """
+
+    weights: ClipSetting = 1.0
+    activations: ClipSetting = 1.0
+    keys: ClipSetting = 1.0
+    values: ClipSetting = 1.0
+
+    def __post_init__(self) -> None:
+        for name, setting in vars(self).items():
+            if not isinstance(setting, Learned) and not 0.0 < setting <= 1.0:
+                raise ValueError(f"Clips: {name}={setting} must lie in (0, 1], or be Learned()")
+
+    @property
+    def any_learned(self) -> bool:
+        """Whether there is anything to fit."""
+        return any(isinstance(setting, Learned) for setting in vars(self).values())
+
+
+UNCLIPPED = Clips()
+
+LEARNED_CLIPS = Clips(weights=Learned(), activations=Learned(), keys=Learned(), values=Learned())
+"""All of them learned (FlatQuant, section 3.2, LCT)."""
+
+
+class Clip(nn.Module):
+    """Two ratios in (0, 1], for the maximum and the minimum, as sigmoids of logits.
+
+    One pair per activation site, or one per weight row. The logits are parameters where they
+    are learned and a buffer where they are fixed.
+    """
+
+    logits: Tensor
+
+    def __init__(self, setting: ClipSetting, rows: int | None = None) -> None:
         super().__init__()
         shape = (2,) if rows is None else (2, rows)
-        self.logits = nn.Parameter(torch.full(shape, start))
+        if isinstance(setting, Learned):
+            self.logits = nn.Parameter(torch.full(shape, setting.start))
+        else:
+            logit = math.log(setting) - math.log1p(-setting) if setting < 1.0 else math.inf
+            self.register_buffer("logits", torch.full(shape, logit))
 
     def ratios(self) -> Tensor:
         """[2] or [2, rows]: (max, min)."""
         return torch.sigmoid(self.logits)
+
+
+def make_clip(setting: ClipSetting, rows: int | None = None) -> Clip | None:
+    """The clip of a setting; None where it would change nothing."""
+    return None if setting == 1.0 else Clip(setting, rows)

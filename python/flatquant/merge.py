@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 import flatquant_cuda as fq
-from flatquant.fit.modules import BlockFit, GroupFit, LinearFit, transformed_weight
+from flatquant.fit.group import GroupFit
+from flatquant.fit.linear import LinearFit, transformed_weight
+from flatquant.fit.modules import BlockFit
 from flatquant.models.spec import Site
 from flatquant.scheme import Scheme
 from flatquant.transforms.base import FrozenTransform, Transform

@@ -6,6 +6,7 @@ import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from flatquant.clips import UNCLIPPED, Clips
 from flatquant.models.spec import Site
 from flatquant.scheme import Scheme
 from flatquant.weights import WeightQuantizer, weight_quantizer
@@ -81,7 +82,7 @@ class Recipe:
         scheme: bit widths and grids.
         transforms: site -> name in `flatquant.transforms.TRANSFORMS`.
         scales: sites whose input gets a per-channel scale, with its settings.
-        learned_clips: learn clip ratios of weights, activations, keys and values.
+        clips: clip ratios of weights, activations, keys and values, fixed or learned.
         fit: how free numbers are found.
         weights: how weights are rounded: a value such as `Gptq(clip=MseClip())`, or a name in
             `flatquant.weights.WEIGHT_QUANTIZERS`.
@@ -94,7 +95,7 @@ class Recipe:
     scheme: Scheme
     transforms: Mapping[Site, str] = field(default_factory=dict)
     scales: Mapping[Site, ScaleConfig] = field(default_factory=dict)
-    learned_clips: bool = False
+    clips: Clips = UNCLIPPED
     fit: FitConfig = FitConfig(epochs=0)
     weights: str | WeightQuantizer = "rtn"
 
@@ -107,7 +108,7 @@ class Recipe:
     def has_parameters(self) -> bool:
         """Whether there is anything to fit."""
         learned = any(not _is_fixed(kind) for kind in self.transforms.values())
-        return learned or bool(self.scales) or self.learned_clips
+        return learned or bool(self.scales) or self.clips.any_learned
 
     @property
     def rounding(self) -> WeightQuantizer:

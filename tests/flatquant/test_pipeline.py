@@ -10,6 +10,7 @@ from torch import Tensor
 
 import flatquant
 from flatquant import pipeline
+from flatquant.clips import LEARNED_CLIPS
 from flatquant.fit import FitDivergedError
 
 from .conftest import build_tiny_model
@@ -162,7 +163,7 @@ def test_divergence_names_block_epoch_and_remedy() -> None:
         scheme=recipe.scheme,
         transforms=recipe.transforms,
         scales=recipe.scales,
-        learned_clips=True,
+        clips=LEARNED_CLIPS,
         fit=flatquant.FitConfig(epochs=3, lr=1e30),
     )
     with pytest.raises(FitDivergedError, match=r"model.layers.0, epoch \d.*Remedy: amp='off'"):
@@ -189,7 +190,7 @@ def test_gradient_accumulation_takes_fewer_steps() -> None:
         scheme=recipe.scheme,
         transforms=recipe.transforms,
         scales=recipe.scales,
-        learned_clips=True,
+        clips=LEARNED_CLIPS,
         fit=flatquant.FitConfig(epochs=4, batch_size=2, accumulate=2),
     )
     result = flatquant.calibrate(
