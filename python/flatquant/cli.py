@@ -61,6 +61,7 @@ class Quantize:
         """Calibrate, replace the linears, save, and print the report."""
         import flatquant
         from flatquant.methods import resolve
+        from flatquant.sources import load_model
         from flatquant.text import tokenize_file
 
         _check_output(self.output, self.model)
@@ -72,7 +73,7 @@ class Quantize:
                 f"method {self.method!r} with weights {recipe.weights!r} needs data: "
                 "--calibration must name a text file"
             )
-        model, tokenizer = _load(self.model, self.dtype)
+        model, tokenizer = load_model(self.model, self.dtype)
         samples = None
         if recipe.needs_data and self.calibration is not None:
             ids = tokenize_file(tokenizer, self.calibration)
@@ -109,9 +110,10 @@ class Evaluate:
     def run(self) -> int:
         """Print the perplexity."""
         from flatquant.evaluate import perplexity
+        from flatquant.sources import load_model
         from flatquant.text import tokenize_file
 
-        model, tokenizer = _load(self.model, self.dtype)
+        model, tokenizer = load_model(self.model, self.dtype)
         ids = tokenize_file(tokenizer, self.text)
         value = perplexity(model, ids, self.window, self.max_windows, self.batch_size)
         print(f"perplexity {value:.4f}")
@@ -131,13 +133,70 @@ class Generate:
     def run(self) -> int:
         """Print the generated text."""
         from flatquant.evaluate import generate_text
+        from flatquant.sources import load_model
 
-        model, tokenizer = _load(self.model, self.dtype)
+        model, tokenizer = load_model(self.model, self.dtype)
         text = generate_text(
             model, tokenizer, self.prompt, max_new_tokens=self.max_new_tokens, chat=self.chat
         )
         print(text)
         return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Several methods on the same model and texts, in one table."""
+
+    model: Path = field(metadata={"help": "checkpoint folder, or a .gguf file"})
+    methods: tuple[str, ...] = field(
+        metadata={"help": "recipes; name+gptq puts another weight quantizer in", "option": True}
+    )
+    eval: tuple[Path, ...] = field(metadata={"help": "texts to score", "option": True})
+    scheme: tuple[str, ...] = field(default=("W4A4KV4",), metadata={"help": "bit widths"})
+    calib: Path | None = field(default=None, metadata={"help": "text file to calibrate on"})
+    seeds: int = field(default=1, metadata={"help": "how many, for a spread"})
+    samples: int = field(default=128, metadata={"help": "random crops of the calibration text"})
+    seqlen: int = field(default=2048, metadata={"help": "tokens in a crop"})
+    epochs: int | None = field(default=None, metadata={"help": "default: the recipes'"})
+    window: int = field(default=2048, metadata={"help": "tokens in a window of --eval"})
+    max_windows: int | None = field(default=None, metadata={"help": "score only the first windows"})
+    dtype: str = field(default="auto", metadata={"help": "float32, bfloat16 or auto"})
+    no_speed: bool = field(default=False, metadata={"help": "leave out tokens a second"})
+    work_dir: Path = field(
+        default=Path("out/compare"), metadata={"help": "keeps what is finished; a rerun goes on"}
+    )
+    csv: Path | None = field(default=None, metadata={"help": "write the rows here too"})
+    json: Path | None = field(default=None, metadata={"help": "rows and provenance"})
+
+    def run(self) -> int:
+        """Print the table; 1 if a method failed."""
+        from flatquant.compare import Comparison, as_csv, as_json, as_text, compare
+
+        if len({path.stem for path in self.eval}) < len(self.eval):
+            raise ValueError(f"eval has two files of one name: {[str(path) for path in self.eval]}")
+        what = Comparison(
+            model=self.model,
+            methods=self.methods,
+            schemes=self.scheme,
+            seeds=self.seeds,
+            calibration=self.calib,
+            texts={path.stem: path for path in self.eval},
+            samples=self.samples,
+            seqlen=self.seqlen,
+            epochs=self.epochs,
+            window=self.window,
+            max_windows=self.max_windows,
+            dtype=self.dtype,
+            speed=not self.no_speed,
+        )
+        rows, origin = compare(what, self.work_dir)
+        texts = list(what.texts)
+        print(as_text(rows, texts))
+        if self.csv is not None:
+            self.csv.write_text(as_csv(rows, texts), encoding="utf-8")
+        if self.json is not None:
+            self.json.write_text(as_json(rows, origin), encoding="utf-8")
+        return 1 if any(row.error for row in rows) else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +207,6 @@ class Kernels:
 
     def run(self) -> int:
         """Print the build information."""
-        import torch
 
         from flatquant_cuda import build_info
         from flatquant_cuda.__main__ import advice, describe
@@ -169,6 +227,7 @@ COMMANDS: dict[str, type[Command]] = {
     "quantize": Quantize,
     "eval": Evaluate,
     "generate": Generate,
+    "compare": Compare,
     "kernels": Kernels,
     "demo": Demo,
 }
@@ -239,24 +298,6 @@ def _add_option(parser: argparse.ArgumentParser, entry: Field[Any], hint: Any) -
         if shown is not None and shown is not False:
             options["help"] += f" (default: {shown})"
     parser.add_argument(flag, **options)
-
-
-def _load(path: Path, dtype: str) -> tuple[Any, Any]:
-    """Model and tokenizer of a checkpoint folder (quantized or not) or a GGUF file."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    import flatquant  # noqa: F401  (registers the quantized checkpoint format)
-    from flatquant.integrations.gguf import load_gguf
-
-    known: dict[str, Any] = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
-    if dtype not in known:
-        raise ValueError(f"dtype is {dtype!r}: it must be one of {', '.join(known)}")
-    if path.suffix == ".gguf":
-        return load_gguf(path, torch.float32 if dtype == "auto" else known[dtype])
-    if not (path / "config.json").is_file():
-        raise ValueError(f"model is {str(path)!r}: it must be a folder with a config.json")
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=known[dtype])
-    return model.eval(), AutoTokenizer.from_pretrained(path)
 
 
 def _check_output(output: Path, model: Path) -> None:

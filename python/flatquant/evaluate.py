@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +32,7 @@ def perplexity(
     max_windows: int | None = None,
     batch_size: int = 1,
     progress: bool = True,
+    observe: Callable[[int, Tensor], None] | None = None,
 ) -> float:
     """Perplexity over non-overlapping windows: exp of the mean negative log-likelihood.
 
@@ -47,6 +48,7 @@ def perplexity(
         max_windows: score only the first so many windows; None scores them all.
         batch_size: windows in one forward pass.
         progress: show a progress bar with the time left and the running perplexity.
+        observe: called with the number of every window and its logits [window, vocabulary].
 
     Returns:
         The perplexity; ``inf`` where it exceeds the range of a double.
@@ -76,6 +78,8 @@ def perplexity(
                         f"log-likelihood {nll}: the model's logits must be finite"
                     )
                 total += nll
+                if observe is not None:
+                    observe(start + offset, logits[offset])
             bar.update(len(batch))
             bar.set_postfix(ppl=f"{_exp(total / (start + len(batch))):.3f}", refresh=False)
     return _exp(total / len(windows))

@@ -1,0 +1,6 @@
+"""All methods on the same model, text and quantizer, in one table."""
+
+from flatquant.compare.run import Comparison, Row, compare
+from flatquant.compare.table import as_csv, as_json, as_text
+
+__all__ = ["Comparison", "Row", "as_csv", "as_json", "as_text", "compare"]
