@@ -30,7 +30,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 MISSING = "not measured"
 #: Topics of many figures, shown as tables: the last part of `what` is the column.
-_CROSSED = ("op-speed", "model-speed")
+_CROSSED = ("op-speed", "model-speed", "methods")
+#: Those whose columns have units of their own; the others get a table for every unit.
+_MIXED = ("methods",)
 _QUOTE = re.compile(r"(<!-- result: (?P<what>.+?) -->)(.*?)(<!-- end -->)")
 
 
@@ -165,7 +167,7 @@ def page(topics: Mapping[str, list[Figure]]) -> str:
             groups.setdefault((figure.machine, figure.device), []).append(figure)
         for (machine, device), group in groups.items():
             lines += ["", f"On {machine}; device: {device}.", ""]
-            lines += _crossed(group) if topic in _CROSSED else _listed(group)
+            lines += _crossed(group, topic in _MIXED) if topic in _CROSSED else _listed(group)
         lines += [f"\n![{name}](results/{name})" for name in plots.draw(topic, figures)]
     if not topics:
         lines += ["", "Nothing has been measured yet."]
@@ -188,22 +190,28 @@ def _listed(figures: list[Figure]) -> list[str]:
     ]
 
 
-def _crossed(figures: list[Figure]) -> list[str]:
-    """Tables whose rows are all but the last part of `what`, its columns that part; by unit."""
+def _crossed(figures: list[Figure], mixed: bool) -> list[str]:
+    """Tables whose rows are all but the last part of `what`, its columns that part.
+
+    One for every unit, or, where they are mixed, one table with the units in its head.
+    """
     lines = []
     origins = dict.fromkeys(f"`{f.command}`, commit {f.commit}, {f.date}" for f in figures)
     lines += [f"- {origin}" for origin in origins]
-    for unit in dict.fromkeys(figure.unit for figure in figures):
+    tables: dict[str, list[Figure]] = {}
+    for figure in figures:
+        tables.setdefault("" if mixed else figure.unit, []).append(figure)
+    for corner, group in tables.items():
         rows: dict[str, dict[str, float]] = {}
-        for figure in figures:
-            if figure.unit == unit:
-                name, _, column = figure.what.rpartition("/")
-                rows.setdefault(name, {})[column] = figure.value
-        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-        lines += ["", f"| {unit} | " + " | ".join(columns) + " |"]
-        lines += ["|---|" + "---:|" * len(columns)]
+        units: dict[str, str] = {}
+        for figure in group:
+            name, _, column = figure.what.rpartition("/")
+            rows.setdefault(name, {})[column] = figure.value
+            units[column] = f"{column} ({figure.unit})" if mixed and figure.unit else column
+        lines += ["", f"| {corner} | " + " | ".join(units.values()) + " |"]
+        lines += ["|---|" + "---:|" * len(units)]
         for name, values in rows.items():
-            cells = [_digits(values[column]) if column in values else "" for column in columns]
+            cells = [_digits(values[column]) if column in values else "" for column in units]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 

@@ -165,13 +165,25 @@ class Compare:
     work_dir: Path = field(
         default=Path("out/compare"), metadata={"help": "keeps what is finished; a rerun goes on"}
     )
+    paper: str | None = field(
+        default=None, metadata={"help": "lay a published table beside, e.g. flatquant-table1"}
+    )
     csv: Path | None = field(default=None, metadata={"help": "write the rows here too"})
     json: Path | None = field(default=None, metadata={"help": "rows and provenance"})
 
     def run(self) -> int:
         """Print the table; 1 if a method failed."""
-        from flatquant.compare import Comparison, as_csv, as_json, as_text, compare
+        from flatquant.compare import (
+            Comparison,
+            as_csv,
+            as_json,
+            as_text,
+            beside,
+            compare,
+            paper,
+        )
 
+        published = None if self.paper is None else paper(self.paper)
         if len({path.stem for path in self.eval}) < len(self.eval):
             raise ValueError(f"eval has two files of one name: {[str(path) for path in self.eval]}")
         what = Comparison(
@@ -192,6 +204,8 @@ class Compare:
         rows, origin = compare(what, self.work_dir)
         texts = list(what.texts)
         print(as_text(rows, texts))
+        if published is not None:
+            print("\n" + beside(published, rows, what))
         if self.csv is not None:
             self.csv.write_text(as_csv(rows, texts), encoding="utf-8")
         if self.json is not None:

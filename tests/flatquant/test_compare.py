@@ -14,7 +14,16 @@ from torch.nn.functional import kl_div, log_softmax
 
 import flatquant
 from flatquant.cli import main
-from flatquant.compare import Comparison, Row, as_csv, as_json, as_text, compare
+from flatquant.compare import (
+    Comparison,
+    Row,
+    as_csv,
+    as_json,
+    as_text,
+    beside,
+    compare,
+    paper,
+)
 from flatquant.compare import run as run_module
 from flatquant.compare.agreement import AgreementMeter, Reference, capture
 from flatquant.compare.job import Job
@@ -148,6 +157,16 @@ def test_tables(rows):
         "rtn-W4A4KV4-seed0",
         "flatquant-W4A4KV4-seed0",
     ]
+
+
+def test_a_published_table_beside_ours(folder, rows):
+    text = beside(paper("flatquant-table1"), rows, _what(folder))
+    ours = rows[2].values["texts"]["test"]["perplexity"]
+    line = next(line for line in text.splitlines() if line.startswith("| FlatQuant-RTN"))
+    assert line.endswith(f"| {ours:.4g} |") and "5.79" in line
+    assert "They differ. Published: LLaMA" in text and "2 samples of 16 tokens of valid.txt" in text
+    with pytest.raises(ValueError, match=r"'table9' is unknown.*flatquant-table1"):
+        paper("table9")
 
 
 def test_seeds_become_mean_and_spread():

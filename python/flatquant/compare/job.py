@@ -67,12 +67,16 @@ class Job:
     reference: str
 
     @property
+    def label(self) -> str:
+        """Method and weight quantizer, as they are asked for: "rtn+gptq"."""
+        return f"{self.method}+{self.weights}" if self.weights else self.method
+
+    @property
     def name(self) -> str:
-        """A folder's name: method, weight quantizer, scheme and seed."""
+        """A folder's name: label, scheme and seed."""
         if self.method == FLOATING_POINT:
             return FLOATING_POINT
-        weights = f"+{self.weights}" if self.weights else ""
-        return f"{self.method}{weights}-{self.scheme}-seed{self.seed}"
+        return f"{self.label}-{self.scheme}-seed{self.seed}"
 
 
 def run(job: Job, folder: Path) -> dict[str, Any]:

@@ -72,8 +72,7 @@ def lines(rows: Sequence[Row], shown: Sequence[Column]) -> list[Line]:
     """One line a method and scheme, in the order of the rows."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        label = row.job.method + (f"+{row.job.weights}" if row.job.weights else "")
-        groups.setdefault((label, row.job.scheme), []).append(row)
+        groups.setdefault((row.job.label, row.job.scheme), []).append(row)
     result = []
     for (label, scheme), group in groups.items():
         errors = [row.error for row in group if row.error is not None]
