@@ -41,7 +41,7 @@ export MAX_JOBS ?= $(OMP_NUM_THREADS)
 
 RUNTIME := transformers tokenizers safetensors numpy tqdm jinja2 gguf accelerate psutil
 BUILD := setuptools wheel cmake ninja pybind11
-CHECKS := pytest pytest-xdist ruff mypy clang-format pre-commit
+CHECKS := pytest pytest-xdist ruff mypy clang-format pre-commit compressed-tensors
 
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null) $(wildcard setup.py CMakeLists.txt pyproject.toml)
 CPP_SOURCES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
