@@ -63,7 +63,9 @@ def test_words_hold_the_codes(bits):
 @pytest.mark.skipif(
     importlib.util.find_spec("compressed_tensors") is None, reason="needs compressed-tensors"
 )
-@pytest.mark.parametrize("scheme", ["W4A16", "W4A16-g32", "W3A16-g32", "W8A8", "W4A4"])
+@pytest.mark.parametrize(
+    "scheme", ["W4A16", "W4A16-g32", "W3A16-g32", "W8A8", "W4A4", "W4A16-wasym", "W4A16-g32-wasym"]
+)
 def test_compressed_tensors_reads_the_weights_back(tmp_path, scheme):
     from compressed_tensors.compressors import PackedQuantizationCompressor
     from compressed_tensors.quantization import QuantizationConfig
@@ -93,6 +95,8 @@ def test_compressed_tensors_refuses_what_it_cannot_hold(tmp_path):
     clipped.model.layers[1].mlp.down_proj.clip_ratio.fill_(0.9)
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj are clipped at \[0.9, 0.9\]"):
         export(clipped, "compressed-tensors", tmp_path / "x")
+    with pytest.raises(ValueError, match="only integers with one scale"):
+        export(_quantized("WMXFP4A16"), "compressed-tensors", tmp_path / "x")
     with pytest.raises(ValueError, match="KV4 leaves the weights in 16 bits"):
         export(_quantized("KV4"), "compressed-tensors", tmp_path / "x")
     assert not (tmp_path / "x").exists()

@@ -42,7 +42,11 @@ def to_ascend(model: Any, folder: Path, tokenizer: Any = None) -> list[str]:
             of 8; factors of other sizes than the loader's.
     """
     scheme: Scheme = model.flatquant_plan.scheme
-    if (scheme.w_bits, scheme.a_bits, scheme.a_symmetric) != (4, 4, True):
+    plain = Scheme(w_bits=4, a_bits=4)
+    if scheme.overrides or (scheme.weights, scheme.activations) != (
+        plain.weights,
+        plain.activations,
+    ):
         raise ValueError(f"ascend: {KIND} layers are W4A4 with symmetric activations, not {scheme}")
     linears = quantized_linears(model)
     tensors = plain_tensors(model)

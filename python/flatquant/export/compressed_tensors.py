@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flatquant.export.folder import plain_tensors, preparer, quantized_linears, write
+from flatquant.formats import INTEGER
 from flatquant.runtime.activation import InputQuantizer
 from flatquant.runtime.linear import QuantizedLinear
 from flatquant.scheme import OFF, Scheme
@@ -43,6 +44,14 @@ def to_compressed_tensors(model: Any, folder: Path, tokenizer: Any = None) -> li
     scheme: Scheme = model.flatquant_plan.scheme
     if not scheme.quantizes_weights:
         raise ValueError(f"compressed-tensors: scheme {scheme} leaves the weights in 16 bits")
+    if scheme.overrides:
+        raise ValueError(f"compressed-tensors: scheme {scheme} differs between layers")
+    kinds = (scheme.w_format, scheme.a_format)
+    if kinds != (INTEGER, INTEGER) or scheme.a_static or scheme.a_group or scheme.w_tensor:
+        raise ValueError(
+            f"compressed-tensors: scheme {scheme}: only integers with one scale for a channel or "
+            "group of weights and for a token of inputs are written"
+        )
     linears = quantized_linears(model)
     tensors = plain_tensors(model)
     for name, linear in linears.items():
@@ -71,27 +80,35 @@ def _check(name: str, holder: InputQuantizer) -> None:
         )
     clip = holder.clip_ratio
     if clip is not None and bool((clip != 1).any()):
+        ratios = [round(float(ratio), 4) for ratio in clip]
         raise ValueError(
-            f"compressed-tensors: the activations of {name} are clipped at {[round(float(c), 4) for c in clip]}, "
+            f"compressed-tensors: the activations of {name} are clipped at {ratios}, "
             "which the format cannot hold"
         )
 
 
 def _packed(name: str, linear: QuantizedLinear, dtype: torch.dtype) -> dict[str, Tensor]:
-    scale = linear.weight_scale
+    scale, zero = linear.weight_scale, linear.weight_zero
     assert scale is not None
-    return {
+    tensors = {
         f"{name}.weight_packed": pack_words(linear.weight_codes(), linear.w_bits),
-        f"{name}.weight_scale": (scale.unsqueeze(-1) if scale.dim() == 1 else scale).to(dtype),
+        f"{name}.weight_scale": scale.reshape(len(scale), -1).to(dtype),
         f"{name}.weight_shape": torch.tensor([linear.out_features, linear.in_features]),
     }
+    if zero is not None:
+        if bool((zero != zero.round()).any()):
+            raise ValueError(f"compressed-tensors: the zero points of {name} are no integers")
+        codes = zero.reshape(len(zero), -1).to(torch.int8)
+        # packed along the output channels
+        tensors[f"{name}.weight_zero_point"] = pack_words(codes.mT, linear.w_bits).mT
+    return tensors
 
 
 def _config(scheme: Scheme, ignored: list[str]) -> dict[str, Any]:
     weights = {
         "num_bits": scheme.w_bits,
         "type": "int",
-        "symmetric": True,
+        "symmetric": scheme.w_symmetric,
         "strategy": "channel" if scheme.w_group is None else "group",
         "group_size": scheme.w_group,
         "dynamic": False,
