@@ -177,7 +177,9 @@ class Build(BuildExtension):
 
 def extensions() -> list:
     """The op library, and the contract's scalars for tests if pybind11 is there."""
-    sources = ["schema.cpp", "args.cpp", "ops_cpu.cpp", "decoder_plan.cpp", "decoder_stack.cpp"]
+    sources = ["schema.cpp", "args.cpp", "ops_cpu.cpp"]
+    sources += [f"decoder_{part}.cpp" for part in ("plan", "stack", "cpu")]
+    sources += ["head.cpp"]
     sources += ["ops_cuda.cpp"] if cuda_home else []
     flags = [
         "-std=c++17",
@@ -233,7 +235,7 @@ setup(
         *find_namespace_packages("python", include=["flatquant*"], exclude=["*.__pycache__*"]),
     ],
     package_dir={"flatquant_cuda": "flatquant_cuda", "flatquant": "python/flatquant"},
-    package_data={"flatquant_cuda": ["py.typed"], "flatquant": ["py.typed"]},
+    package_data={"flatquant_cuda": ["py.typed"], "flatquant": ["py.typed", "report/templates/*"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": Build.with_options(use_ninja=True, no_python_abi_suffix=True)},
 )

@@ -112,7 +112,9 @@ class TransformersContestant:
             nonlocal token, place
             where = {"position_ids": torch.full((1, 1), place)} if static else {}
             output = self.forward(input_ids=token, past_key_values=cache, **where)
-            token, place = output.logits[:, -1].argmax(-1, keepdim=True), place + 1
+            # by numpy, as for llama.cpp: torch takes fifty times as long over one row
+            choice = output.logits[:, -1].float().numpy().argmax(-1, keepdims=True)
+            token, place = torch.from_numpy(choice), place + 1
 
         return repeat(once, seconds)
 
@@ -137,7 +139,8 @@ class TransformersContestant:
                 attention_mask=torch.ones_like(ids),
                 past_key_values=cache,
                 max_new_tokens=tokens,
-                min_new_tokens=tokens,
+                # one that no token is: to forbid the real one costs 0.3 ms a token
+                eos_token_id=self.model.config.vocab_size,
                 do_sample=False,
                 logits_processor=LogitsProcessorList([Clock()]),
             )

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -19,7 +21,7 @@ from record import append, device_name
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from flatquant_cuda import backend, library, ops, packing, reference  # noqa: E402
+from flatquant_cuda import backend, decoder, library, ops, packing, reference  # noqa: E402
 from tests.ops.cases import CHECKS, Call, Case, every_case  # noqa: E402
 
 #: The sources of csrc/cuda that answer an op.
@@ -35,7 +37,11 @@ SOURCES = {
     "kv_quantize_append": ("kv_cache_append.cu",),
     "kv_dequantize": ("kv_cache.cu",),
     "attention_decode": ("attention*.cu",),
+    "decoder_stack": ("decoder.cu", "heads.cu"),
 }
+
+PRODUCTS = ("gemm_w4a4", "gemm_w4a8", "gemm_w8a8")
+SWEPT = 2100  # tokens, to which the boundaries of the planners are looked for
 
 EXTRA = [  # rows that reach the fast kernels, which the small rows of the table do not
     Case("quantize_activation", (40, 4096)),
@@ -52,15 +58,16 @@ EXTRA = [  # rows that reach the fast kernels, which the small rows of the table
     Case("hadamard", (9, 28, 512)),
     *(
         Case(op, ((m,), 512, 1024), options)
-        for op in ("gemm_w4a4", "gemm_w4a8", "gemm_w8a8")
+        for op in PRODUCTS
         for m in (1, 17, 130, 700)
         for options in ({}, {"bias": torch.bfloat16, "residual": True}, {"symmetric": False})
     ),
     *(
         Case(op, ((m,), 1000 + 8 * m, 4096))  # every number of tokens that weights stream past
-        for op in ("gemm_w4a4", "gemm_w4a8", "gemm_w8a8")
+        for op in PRODUCTS
         for m in range(1, 34)
     ),
+    *(Case(op, ((m,), 264, 512)) for op in PRODUCTS for m in range(34, 131)),
     *(
         Case("gemm_w4a16", ((m,), 520 + m, 2048, groups), {"bits": 2 + m % 3})
         for m in (*range(1, 34), 70, 300)
@@ -91,6 +98,37 @@ EXTRA = [  # rows that reach the fast kernels, which the small rows of the table
 ]
 
 
+def boundaries(op: str) -> list[Case]:
+    """Rows on both sides of every number of tokens at which this GPU's planner changes its mind.
+
+    None where the planners' introspection is not built.
+    """
+    bits = {"gemm_w4a4": (4, 4), "gemm_w4a8": (8, 4), "gemm_w8a8": (8, 8)}
+    try:
+        planners = import_module("flatquant_cuda._native")
+    except ImportError:
+        print("gpu_cases: no flatquant_cuda._native: the planners' boundaries are not swept")
+        return []
+    device = torch.cuda.get_device_properties(0)
+    arch = 10 * device.major + device.minor
+    near = [gpu for gpu in planners.gpus() if gpu["arch"] == arch]
+    if not near or op not in (*bits, "gemm_w4a16"):
+        return []
+    gpu = near[0] | {"sms": device.multi_processor_count}
+    tokens, n, k = list(range(1, SWEPT)), 264, 512
+    if op == "gemm_w4a16":
+        plans = planners.plan_w4a16(gpu, tokens, n, k)
+        fields: tuple[str, ...] = ("kernel", "tokens", "rows", "stages")
+    else:
+        plans = planners.plan_gemm(gpu, tokens, n, k, a_bits=bits[op][0], w_bits=bits[op][1])
+        fields = ("kernel", "tile_m", "tile_n", "tile_k", "stages", "warps", "cluster")
+    sides = list(zip(*(plans[field].tolist() for field in fields), strict=True))
+    edges = [m for m in range(1, SWEPT - 1) if sides[m] != sides[m - 1]]  # sides[m]: of m + 1
+    counts = sorted({count for m in edges for count in (m, m + 1, m + 2)})
+    sizes = (n, k, 1) if op == "gemm_w4a16" else (n, k)
+    return [Case(op, ((m,), *sizes)) for m in counts]
+
+
 def sources(op: str) -> list[str]:
     """Names of the CUDA sources that an op's rows run on this GPU."""
     major, _ = torch.cuda.get_device_capability()
@@ -119,10 +157,33 @@ def agrees(call: Call) -> str | None:
     return None
 
 
+def stack_failures() -> tuple[int, int]:
+    """How many settings of decoder_stack were compared with its ops one by one, and differ."""
+    from tests.ops import test_decoder_cuda as stacks  # needs pytest
+
+    compared, different = 0, 0
+    for widths in stacks.SETTINGS:
+        for dtype, biases in ((torch.bfloat16, False), (torch.float16, True)):
+            sizes = replace(stacks.SIZES, **widths)
+            compared += 1
+            try:
+                reason = stacks.difference(sizes, dtype, 2, biases=biases)
+            except RuntimeError as error:
+                reason = str(error).split("\n")[0]
+            if reason:
+                different += 1
+                print(
+                    f"WRONG: decoder_stack {widths} {dtype} biases={biases}: {reason}", flush=True
+                )
+    print(f"decoder_stack: {compared - different} of {compared} agree", flush=True)
+    return compared, different
+
+
 def main() -> int:
     """Compare; 1 where there is no GPU or something differs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--op", nargs="+", choices=library.OPS, default=list(library.OPS))
+    names = [*library.OPS, "decoder_stack"]
+    parser.add_argument("--op", nargs="+", choices=names, default=names)
     parser.add_argument("--small", action="store_true", help="few rows, nothing recorded")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -130,10 +191,19 @@ def main() -> int:
         return 1
     failures, ran = 0, list[str]()
     for op in options.op:
+        if op == "decoder_stack":
+            if not options.small and decoder.available("cuda"):
+                compared, different = stack_failures()
+                failures += different
+                append("gpu-cases", f"{op}/settings compared", compared, device=device_name())
+                append("gpu-cases", f"{op}/settings that differ", different, device=device_name())
+                ran += sources(op)
+            continue
         if backend(op, "cuda") != "native":
             continue
         rows = [(case, dtype) for case, dtype in every_case() if case.op == op]
-        rows += [(case, dtype) for case in EXTRA if case.op == op for dtype in case.dtypes[1:]]
+        further = [case for case in EXTRA if case.op == op] + boundaries(op)
+        rows += [(case, dtype) for case in further for dtype in case.dtypes[1:]]
         if options.small:
             rows = rows[:: max(1, len(rows) // 12)]
         reasons = [(case, dtype, agrees(case.call(dtype))) for case, dtype in rows]

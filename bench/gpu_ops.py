@@ -34,6 +34,7 @@ from torch import Tensor
 from flatquant.transforms.split import kronecker_split
 from flatquant_cuda import activation_layout, backend, ops, packing
 
+DEVICE = "cuda"  # tests run the tables on a CPU, with other sizes
 WIDTHS = (4096, 5120, 8192, 11008, 13824, 14336)
 BATCHES = (1, 4, 16, 64)
 PREFILL = 2048
@@ -61,15 +62,15 @@ class Ceilings:
     """Bytes and operations a second that this card reaches, measured once."""
 
     def __init__(self) -> None:
-        big = [torch.empty(2**28, dtype=torch.uint8, device="cuda") for _ in range(4)]
+        big = [torch.empty(2**28, dtype=torch.uint8, device=DEVICE) for _ in range(4)]
         copies = [(big[0], big[1]), (big[2], big[3])]
         timing = measure_in_graph(lambda a, b: a.copy_(b), copies, calls=8)
         self.bytes = 2 * 2**28 / timing.median
         del big, copies
         n = 8192
-        a, b = (torch.randn(n, n, device="cuda").bfloat16() for _ in range(2))
+        a, b = (torch.randn(n, n, device=DEVICE).bfloat16() for _ in range(2))
         self.bf16 = 2 * n**3 / measure_in_graph(torch.mm, [(a, b)], calls=4, samples=9).median
-        c, d = (torch.randint(-128, 127, (n, n), device="cuda").to(torch.int8) for _ in range(2))
+        c, d = (torch.randint(-128, 127, (n, n), device=DEVICE).to(torch.int8) for _ in range(2))
         int8 = measure_in_graph(torch._int_mm, [(c, d.t())], calls=4, samples=9)
         self.int8 = 2 * n**3 / int8.median
 
@@ -112,10 +113,10 @@ def transform_arguments(
     """Fresh arguments for one call."""
 
     def make(index: int) -> list[Tensor]:
-        generator = torch.Generator("cuda").manual_seed(index)
+        generator = torch.Generator(DEVICE).manual_seed(index)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, device="cuda", generator=generator)
+            return torch.randn(*shape, device=DEVICE, generator=generator)
 
         x = [normal(tokens, width).bfloat16() for _ in range(1 + gate)]
         return [x[0], *(normal(n, n) / n**0.5 for n in split), *x[1:]]
@@ -176,7 +177,7 @@ def online_transforms(ceilings: Ceilings) -> None:
     for log in range(0, 7):
         split = (2**log, 4096 >> log)
         time_transform(f"split {split[0]}x{split[1]}/2048 tokens", PREFILL, 4096, split, ceilings)
-    bytes_wanted = activation_layout(torch.device("cuda"))
+    bytes_wanted = activation_layout(torch.device(DEVICE))
     for name, width, split, options in (
         ("before q/k/v", 4096, (64, 64), {"rms_eps": 1e-5}),
         ("before gate/up", 4096, (64, 64), {"rms_eps": 1e-5}),
@@ -189,7 +190,7 @@ def online_transforms(ceilings: Ceilings) -> None:
 
 def gemm_table(ceilings: Ceilings, left_s: Callable[[], float]) -> None:
     """Integer GEMMs against cuBLAS bfloat16 and torch's int8 product in the same run."""
-    layout = activation_layout(torch.device("cuda"))
+    layout = activation_layout(torch.device(DEVICE))
     layers = sorted(LAYERS.items(), key=lambda item: item[0] != "8192x8192")
     for m in sorted(TOKENS, reverse=True):
         for place, (n, k) in layers:
@@ -197,8 +198,8 @@ def gemm_table(ceilings: Ceilings, left_s: Callable[[], float]) -> None:
                 return print("no time left for more of the GEMM table")
 
             def make(index: int, m: int = m, n: int = n, k: int = k) -> list[Tensor]:
-                generator = torch.Generator("cuda").manual_seed(index)
-                options: dict[str, Any] = {"device": "cuda", "generator": generator}
+                generator = torch.Generator(DEVICE).manual_seed(index)
+                options: dict[str, Any] = {"device": DEVICE, "generator": generator}
                 a = torch.randint(-8, 8, (m, k), **options).to(torch.int8)
                 w = torch.randint(0, 256, (n, k // 2), **options).to(torch.uint8)
                 return [a, torch.rand(m, **options), w, torch.rand(n, **options)]
@@ -207,7 +208,7 @@ def gemm_table(ceilings: Ceilings, left_s: Callable[[], float]) -> None:
             a, w = inputs[0][0], inputs[0][2]
             assert isinstance(a, Tensor) and isinstance(w, Tensor)
             floats = [
-                [torch.randn(rows, k, device="cuda").bfloat16() for rows in (m, n)] for _ in inputs
+                [torch.randn(rows, k, device=DEVICE).bfloat16() for rows in (m, n)] for _ in inputs
             ]
             plain = measure_in_graph(torch.nn.functional.linear, floats, calls=8)
             del floats
@@ -220,14 +221,13 @@ def gemm_table(ceilings: Ceilings, left_s: Callable[[], float]) -> None:
                 if op == "gemm_w4a4" and not nibbles:
                     continue  # the same kernel and the same codes as gemm_w4a8 here
                 function = getattr(ops, op)
-                if nibbles:
-                    inputs = [[packing.pack_nibbles(i[0]), *i[1:]] for i in inputs]
+                given = [[packing.pack_nibbles(i[0]), *i[1:]] if nibbles else i for i in inputs]
 
                 def call(*args: Tensor, function: Any = function) -> Tensor:
                     result: Tensor = function(*args, out_dtype=torch.bfloat16)
                     return result
 
-                first = [t for t in inputs[0] if isinstance(t, Tensor)]
+                first = [t for t in given[0] if isinstance(t, Tensor)]
                 rows = [first[0][:5], first[1][:5], first[2], first[3]]
                 want = getattr(ops, op)(*(t.cpu() for t in rows), out_dtype=torch.bfloat16)
                 name = f"{op}/{place} {k}->{n}/{m} tokens"
@@ -235,7 +235,7 @@ def gemm_table(ceilings: Ceilings, left_s: Callable[[], float]) -> None:
                     wrong.append(name)
                     print(f"WRONG: {name}", flush=True)
                     continue
-                timing = measure_in_graph(call, inputs, calls=8)
+                timing = measure_in_graph(call, given, calls=8)
                 rate = 2 * m * n * k / timing.median
                 figure("gpu-gemm", f"{name}/time", timing.median * 1e6, "us")
                 figure("gpu-gemm", f"{name}/rate", rate / 1e12, "TOP/s")
@@ -255,7 +255,7 @@ def humming_times(n: int, k: int, tokens: int) -> dict[str, Timing]:
     times = {}
     for name, config in (("W4A8", {"dtype": "int8"}), ("W4A16", None)):
         try:
-            weight = torch.randn(n, k, dtype=torch.bfloat16, device="cuda")
+            weight = torch.randn(n, k, dtype=torch.bfloat16, device=DEVICE)
 
             def make(index: int, config: Any = config, weight: Tensor = weight) -> list[Any]:
                 layer = HummingLayer(
@@ -267,11 +267,11 @@ def humming_times(n: int, k: int, tokens: int) -> dict[str, Timing]:
                 ).cuda()
                 layer.load_from_unquantized(weight)
                 layer.transform()
-                x = torch.randn(tokens, k, dtype=torch.bfloat16, device="cuda")
+                x = torch.randn(tokens, k, dtype=torch.bfloat16, device=DEVICE)
                 if config is None:
                     return [layer, x, None]
-                codes = torch.randint(-127, 128, (tokens, k), device="cuda").to(torch.int8)
-                return [layer, codes, torch.rand(tokens, 1, device="cuda")]
+                codes = torch.randint(-127, 128, (tokens, k), device=DEVICE).to(torch.int8)
+                return [layer, codes, torch.rand(tokens, 1, device=DEVICE)]
 
             def call(layer: Any, x: Tensor, scale: Tensor | None) -> Tensor:
                 result: Tensor = layer(x, input_scale=scale)
@@ -289,8 +289,8 @@ def decode_inputs(op: str, m: int, n: int, k: int) -> Callable[[int], list[Tenso
     """Fresh arguments of a product with 4-bit weights."""
 
     def make(index: int) -> list[Tensor]:
-        generator = torch.Generator("cuda").manual_seed(index)
-        options: dict[str, Any] = {"device": "cuda", "generator": generator}
+        generator = torch.Generator(DEVICE).manual_seed(index)
+        options: dict[str, Any] = {"device": DEVICE, "generator": generator}
         w = torch.randint(0, 256, (n, k // 2), **options).to(torch.uint8)
         if op == "gemm_w4a16":
             x = torch.randn(m, k, **options).bfloat16()
@@ -321,7 +321,7 @@ def decode_table(ceilings: Ceilings, left_s: Callable[[], float]) -> None:
         for n, k in DECODE_SHAPES:
             if left_s() < 15:
                 return print("no time left for more of the decode table")
-            floats = [[torch.randn(rows, k, device="cuda").bfloat16() for rows in (m, n)]]
+            floats = [[torch.randn(rows, k, device=DEVICE).bfloat16() for rows in (m, n)]]
             while len(floats) * n * k * 2 < 3 * 64 * 2**20:
                 floats.append([t.clone() for t in floats[0]])
             plain = measure_in_graph(torch.nn.functional.linear, floats, calls=16)
@@ -337,7 +337,7 @@ def decode_table(ceilings: Ceilings, left_s: Callable[[], float]) -> None:
             if m in (1, 16):
                 times |= humming_times(n, k, m)
             for op in ("gemm_w4a8", "gemm_w4a4", "gemm_w4a16"):
-                if backend(op, "cuda") != "native":
+                if backend(op, DEVICE) != "native":
                     continue
                 name = f"decode {op}/{k}->{n}/{m} tokens"
                 inputs = rotate(decode_inputs(op, m, n, k))
@@ -368,7 +368,7 @@ def cache_side(
     batch: int, heads: int, length: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scales and zero points of 4 bits, head_dim 128."""
-    options: dict[str, Any] = {"device": "cuda", "generator": generator}
+    options: dict[str, Any] = {"device": DEVICE, "generator": generator}
     codes = torch.randint(0, 256, (batch, heads, length, 64), dtype=torch.uint8, **options)
     scale = torch.rand(batch, heads, length, **options) * 0.2 + 0.01
     return codes, scale, torch.randint(0, 16, scale.shape, dtype=torch.uint8, **options)
@@ -389,13 +389,13 @@ def attention_table(ceilings: Ceilings, left_s: Callable[[], float]) -> None:
         def make(
             index: int, batch: int = batch, heads: int = heads, n: int = kv_heads, t: int = length
         ) -> list[Tensor]:
-            generator = torch.Generator("cuda").manual_seed(index)
+            generator = torch.Generator(DEVICE).manual_seed(index)
             sides = [*cache_side(batch, n, t, generator), *cache_side(batch, n, t, generator)]
-            x = torch.randn(3, batch, heads, 128, device="cuda", generator=generator).bfloat16()
+            x = torch.randn(3, batch, heads, 128, device=DEVICE, generator=generator).bfloat16()
             new = [side[:, :n, None].contiguous() for side in x[1:]]
-            matrix = torch.randn(128, 128, device="cuda", generator=generator).bfloat16() / 11
-            slots = torch.arange(batch, device="cuda")[:, None] * t + t - 1
-            lengths = torch.full((batch,), t, dtype=torch.int32, device="cuda")
+            matrix = torch.randn(128, 128, device=DEVICE, generator=generator).bfloat16() / 11
+            slots = torch.arange(batch, device=DEVICE)[:, None] * t + t - 1
+            lengths = torch.full((batch,), t, dtype=torch.int32, device=DEVICE)
             return [x[0, :, :, None].contiguous(), *sides, *new, matrix, slots, lengths]
 
         def attend(*a: Tensor) -> Tensor:
@@ -429,8 +429,8 @@ def attention_table(ceilings: Ceilings, left_s: Callable[[], float]) -> None:
         def dense(
             index: int, batch: int = batch, heads: int = heads, n: int = kv_heads, t: int = length
         ) -> list[Tensor]:
-            generator = torch.Generator("cuda").manual_seed(index)
-            options: dict[str, Any] = {"device": "cuda", "generator": generator}
+            generator = torch.Generator(DEVICE).manual_seed(index)
+            options: dict[str, Any] = {"device": DEVICE, "generator": generator}
             cache = [torch.randn(batch, n, t, 128, **options).bfloat16() for _ in range(2)]
             return [torch.randn(batch, heads, 1, 128, **options).bfloat16(), *cache]
 

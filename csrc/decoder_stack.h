@@ -1,4 +1,4 @@
-// A whole stack of quantized decoder layers as one op: its struct, and how the CPU runs it.
+// A whole stack of quantized decoder layers as one op: its struct, and how each device runs it.
 //
 // A layer is:  norm, transform, codes -> q, k, v -> RoPE, K and V into the cache, attention ->
 // transform, codes -> o + residual -> norm, transform, codes -> gate, up -> SiLU(gate) * up,
@@ -69,6 +69,11 @@ struct DecoderStack {
   Dtype mask_dtype;
   int64_t batch, t, past, cos_batch;
   Dtype dtype;
+  // For cuda:: only, both or none, so that a CUDA graph serves all lengths: where each token goes,
+  // slots[b, i] = b * capacity + position, or -1 for nowhere; and how many positions of each
+  // sequence are in use then, of which past + t are as many as there may be. Both on the device.
+  const int64_t* slots = nullptr;    // [batch, t]
+  const int32_t* lengths = nullptr;  // [batch]
 };
 
 namespace cpu {
@@ -88,4 +93,12 @@ void decoder_stack_begin(const DecoderStack& args, int64_t threads, void* worksp
 bool decoder_stack(const DecoderStack& args, int64_t thread, int64_t threads, void* workspace);
 
 }  // namespace cpu
+
+namespace cuda {
+
+// As in ops.h. All caches have the same capacity if slots is given.
+int decoder_stack(const DecoderStack& args, void* workspace, void* stream);
+int64_t decoder_stack_workspace(const DecoderStack& args);
+
+}  // namespace cuda
 }  // namespace fq

@@ -78,6 +78,8 @@ struct KroneckerQuantize {
   bool rms;
   Dtype dtype;
   Grid grid;
+  // Elements from a row of x, and of gate, to the next, which cuda:: knows only; 0: k.
+  int64_t stride = 0;
 };
 
 // y = round_T((x (base (x) H)) * scale), H Sylvester's Hadamard matrix [power, power]: as matrices

@@ -158,6 +158,8 @@ struct StackOps {
     op.v_bits = args.sizes.v_bits;
     op.scaling = args.sizes.scaling;
     op.dtype = args.dtype;
+    op.lengths = args.lengths;
+    op.blocks = args.batch;
     return op;
   }
 
@@ -188,9 +190,12 @@ struct StackOps {
     op.batch_heads = args.batch * args.sizes.kv_heads;
     op.t = args.t;
     op.capacity = cache.capacity;
-    op.start = args.past;
+    op.start = args.slots ? 0 : args.past;
     op.head_dim = args.sizes.head_dim;
     op.dtype = args.dtype;
+    op.slots = args.slots;  // each sequence is one block
+    op.kv_heads = args.sizes.kv_heads;
+    op.blocks = args.batch;
     return op;
   }
 };

@@ -38,26 +38,6 @@ def describe(info: dict[str, Any]) -> str:
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 
 
-def advice(capability: tuple[int, int]) -> str:
-    """Name the scheme that a GPU of this compute capability runs best, and why."""
-    if capability < (8, 0):
-        return "none: the CUDA kernels need sm_80 or newer; the PyTorch reference answers"
-    if capability[0] == 8:
-        return (
-            "W4A4KV4: INT4 tensor cores make twice the products of INT8; W4A8KV4 is more accurate "
-            "and as fast where the weights' bytes decide, as in decoding"
-        )
-    if capability == (9, 0):
-        return (
-            "W4A8KV4: there are no INT4 tensor cores, 4-bit activations are multiplied as bytes, "
-            "so A8 costs nothing over A4 and is more accurate"
-        )
-    return (
-        "W4A8KV4: the portable INT8 kernels run here, not tuned for this card; there are no INT4 "
-        "tensor cores, so A4 gains nothing"
-    )
-
-
 def _by_architecture(sources: dict[str, list[str]]) -> list[tuple[str, str]]:
     """One row per set of architectures: the kernel files compiled for just these."""
     groups: dict[str, list[str]] = {}

@@ -1,9 +1,10 @@
 """The decoder layers of a model as one op, for calls so short that dispatching ops would dominate.
 
 :class:`DecoderPlan` binds the tensors of all layers once. A call then runs norms, transforms,
-products, RoPE, the cache and attention of every layer in a single parallel region, by the kernels
-and in the order of the ops in :mod:`flatquant_cuda.ops`, so the result has the same bits. There is
-no reference here: :func:`available` says whether a plan can be made for a device.
+products, RoPE, the cache and attention of every layer by the kernels and in the order of the ops in
+:mod:`flatquant_cuda.ops`, so the result has the same bits: on a CPU in a single parallel region, on
+CUDA by launches one after another, which a CUDA graph can record. There is no reference here:
+:func:`available` says whether a plan can be made for a device.
 
 T is the dtype of the hidden states: float32, bfloat16 or float16.
 """
@@ -129,6 +130,31 @@ class Layer:
         parts = [getattr(part, f.name) for part in (*inputs, *linears) for f in fields(part)]
         return [*parts, self.k_transform, self.q_transform, self.k_clip, self.v_clip]
 
+    def join(self) -> None:
+        """Give linears with the same input neighbouring memory: they are one product then.
+
+        The tensors stay the same objects, with the same values.
+        """
+        for linears in ((self.q, self.k, self.v), (self.gate, self.up)):
+            for name in (f.name for f in fields(Linear)):
+                tensors = [getattr(linear, name) for linear in linears]
+                if not any(tensor is None for tensor in tensors):
+                    _place_side_by_side(tensors)
+
+
+def _place_side_by_side(tensors: Sequence[Tensor]) -> None:
+    """Move tensors of one dtype, unless they are neighbours already."""
+    ends = [t.data_ptr() + t.numel() * t.element_size() for t in tensors]
+    starts = [t.data_ptr() for t in tensors[1:]]
+    if starts == ends[:-1] or len({t.dtype for t in tensors}) > 1:
+        return
+    if any(isinstance(t, torch.nn.Parameter) or t.is_inference() for t in tensors):
+        return  # whose memory cannot be exchanged
+    with torch.inference_mode(False), torch.no_grad():
+        together = torch.cat([t.flatten() for t in tensors])
+        for tensor, part in zip(tensors, together.split([t.numel() for t in tensors]), strict=True):
+            tensor.set_(part.view(tensor.shape))
+
 
 class BoundCache:
     """Memory of the caches of all layers, kept alive; see :meth:`DecoderPlan.bind_cache`."""
@@ -164,6 +190,9 @@ class DecoderPlan:
             raise RuntimeError(
                 f"decoder_plan: flatquant_cuda has no native decoder_stack on {device}"
             )
+        if device.type == "cuda":
+            for layer in layers:
+                layer.join()
         absent = torch.empty(0, device=device)
         # detached: assigning to `tensor.data` leaves the memory that was bound in place
         self._tensors = [
@@ -172,6 +201,7 @@ class DecoderPlan:
             for tensor in layer.tensors()
         ]
         self.sizes = sizes
+        self.device = device
         self.layers = len(layers)
         self.plan: Tensor = torch.ops.flatquant_cuda.decoder_plan(
             self._tensors,
@@ -202,8 +232,13 @@ class DecoderPlan:
         *,
         past: int,
         mask: Tensor | None = None,
+        slots: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> Tensor:
         """Run all layers and fill their caches.
+
+        With ``slots`` and ``lengths``, which only CUDA knows, a captured call serves all lengths:
+        the bits are those of a call with the ``past`` that they say.
 
         Args:
             hidden: T ``[batch, t, hidden]``, the residual stream before the first layer.
@@ -213,6 +248,10 @@ class DecoderPlan:
             past: positions that hold earlier tokens.
             mask: bool (True: attend) or float T (added) ``[batch or 1, heads or 1, t, past + t]``;
                 None lets every token attend to every position.
+            slots: int64 ``[batch, t]``: ``sequence * capacity + position`` of each token, or -1:
+                it is not written. The layers' caches then have one capacity.
+            lengths: int32 ``[batch]``: positions of each sequence that are in use after that, of
+                which ``past + t`` are the most there may be.
 
         Returns:
             T ``[batch, t, hidden]``, the residual stream after the last layer.
@@ -220,6 +259,7 @@ class DecoderPlan:
         Raises:
             RuntimeError: an argument is wrong; the message names it, its value and the rule.
         """
+        places = () if slots is None and lengths is None else (slots, lengths)
         result: Tensor = torch.ops.flatquant_cuda.decoder_stack.default(
             hidden.contiguous(),
             cos.contiguous(),
@@ -228,6 +268,7 @@ class DecoderPlan:
             self.plan,
             cache.handle,
             past,
+            *places,
         )
         return result
 
@@ -261,6 +302,8 @@ def _fake_decoder_stack(
     plan: Tensor,
     cache: Tensor,
     past: int,
+    slots: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     return torch.empty_like(hidden)
 

@@ -342,4 +342,18 @@ void attention_decode_amx(const AttentionDecode& args, int64_t begin, int64_t en
   });
 }
 
+void attention_parts_amx(const AttentionParts& parts, int64_t begin, int64_t end) {
+  if (parts.args.dtype != Dtype::kBFloat16) return attention_parts_avx512(parts, begin, end);
+  const Workspace w = Workspace::make<TileProducts>(parts.args, parts.queries);
+  TileProducts products(parts.args, w);
+  const int64_t rows = parts.queries < kGroup ? parts.queries : kGroup;
+  const TileSession session({rows, 64}, {rows, 64}, {kPairs, 64});
+  by_head(parts, begin, end, [&](int64_t from, int64_t to) {
+    if (products.fits(from / parts.chunks * parts.queries, parts.queries))
+      attend_parts(parts, w, products, from, to);
+    else
+      attend_parts(parts, w, products.plain(), from, to);
+  });
+}
+
 }  // namespace fq::cpu

@@ -20,4 +20,12 @@ void attention_decode_avx512(const AttentionDecode& args, int64_t begin, int64_t
   attention_decode_body(args, begin, end);
 }
 
+void attention_parts_avx512(const AttentionParts& parts, int64_t begin, int64_t end) {
+  attention_parts_body(parts, begin, end);
+}
+
+void attention_join_avx512(const AttentionParts& parts, int64_t head) {
+  attention_join_body(parts, head);
+}
+
 }  // namespace fq::cpu

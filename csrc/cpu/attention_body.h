@@ -298,20 +298,17 @@ inline void finish(const AttentionDecode& args, const Workspace& w, int64_t quer
   narrow_row(row, args.dtype, u * d, d, args.out);
 }
 
-// Queries [u, u + count), a block of cache head `head`.
-template <class Products>
-inline void attend(const AttentionDecode& args, const Workspace& w, Products& products, int64_t u,
-                   int64_t count, int64_t head) {
+// Queries [u, u + count), a block of cache head `head`, and chunks [begin, end) of it: calls
+// take(query of the block, chunk, its max and total, its sums) where a query may attend to some.
+template <class Products, class Take>
+inline void attend_chunks(const AttentionDecode& args, const Workspace& w, Products& products,
+                          int64_t u, int64_t count, int64_t head, int64_t begin, int64_t end,
+                          Take take) {
   products.start(u, count);
   int64_t starts[kMostQueries];  // of the mask's rows
-  for (int64_t q = 0; q < count; ++q) {
-    starts[q] = mask_offset(args, u + q);
-    w.max[q] = kMinusInfinity;
-    w.total[q] = 0.0f;
-  }
-  for (int64_t i = 0; i < count * w.value_width; ++i) w.sums[i] = 0.0f;
-  for (int64_t first = 0; first < args.length; first += kChunk) {
-    const int64_t left = args.length - first;
+  for (int64_t q = 0; q < count; ++q) starts[q] = mask_offset(args, u + q);
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t first = index * kChunk, left = args.length - first;
     const Chunk chunk{first, left < kChunk ? left : kChunk, head * args.capacity + first};
     const int64_t tail = (chunk.count + kPart - 1) / kPart * kPart;
     bool entered = false;
@@ -337,10 +334,71 @@ inline void attend(const AttentionDecode& args, const Workspace& w, Products& pr
         weighed[r] = products.weigh(reach.begin, stop, r, weighed[r].max);
       products.add(rows, reach);
       for (int64_t r = 0; r < rows; ++r)
-        join(w, q + r, weighed[r], w.chunk_sums + r * w.value_width);
+        take(q + r, index, weighed[r], w.chunk_sums + r * w.value_width);
     }
   }
+}
+
+inline void start_joining(const Workspace& w, int64_t count) {
+  for (int64_t q = 0; q < count; ++q) {
+    w.max[q] = kMinusInfinity;
+    w.total[q] = 0.0f;
+  }
+  for (int64_t i = 0; i < count * w.value_width; ++i) w.sums[i] = 0.0f;
+}
+
+inline int64_t chunks_of(const AttentionDecode& args) {
+  return (args.length + kChunk - 1) / kChunk;
+}
+
+// Queries [u, u + count), a block of cache head `head`.
+template <class Products>
+inline void attend(const AttentionDecode& args, const Workspace& w, Products& products, int64_t u,
+                   int64_t count, int64_t head) {
+  start_joining(w, count);
+  const auto add = [&](int64_t query, int64_t, const Weighed& weighed, const float* sums) {
+    join(w, query, weighed, sums);
+  };
+  attend_chunks(args, w, products, u, count, head, 0, chunks_of(args), add);
   for (int64_t q = 0; q < count; ++q) finish(args, w, q, u + q);
+}
+
+// ---- a sequence in parts: see AttentionParts
+
+inline float* part_of(const AttentionParts& parts, const Workspace& w, int64_t u, int64_t chunk) {
+  return parts.memory + (u * parts.chunks + chunk) * (2 + w.value_width);
+}
+
+// Units [begin, end), all of one head.
+template <class Products>
+inline void attend_parts(const AttentionParts& parts, const Workspace& w, Products& products,
+                         int64_t begin, int64_t end) {
+  const AttentionDecode& args = parts.args;
+  const int64_t head = begin / parts.chunks, first = begin - head * parts.chunks;
+  const int64_t u = head * parts.queries, last = first + end - begin;
+  for (int64_t q = 0; q < parts.queries; ++q)
+    for (int64_t chunk = first; chunk < last; ++chunk) {
+      float* const part = part_of(parts, w, u + q, chunk);
+      part[0] = kMinusInfinity;
+      part[1] = 0.0f;
+    }
+  const auto keep = [&](int64_t query, int64_t chunk, const Weighed& weighed, const float* sums) {
+    float* const part = part_of(parts, w, u + query, chunk);
+    part[0] = weighed.max;
+    part[1] = weighed.total;
+    __builtin_memcpy(part + 2, sums, static_cast<std::size_t>(w.value_width * kFloatBytes));
+  };
+  attend_chunks(args, w, products, u, parts.queries, head, first, last, keep);
+}
+
+// Calls f(begin, end) for the units of every head.
+template <class F>
+inline void by_head(const AttentionParts& parts, int64_t begin, int64_t end, F f) {
+  while (begin < end) {
+    const int64_t stop = (begin / parts.chunks + 1) * parts.chunks;
+    f(begin, stop < end ? stop : end);
+    begin = stop;
+  }
 }
 
 // Calls f(u, count, head) for every block of queries in [begin, end).

@@ -218,3 +218,23 @@ inline void attention_decode_body(const AttentionDecode& args, int64_t begin, in
     attend(args, w, products, u, count, head);
   });
 }
+
+inline void attention_parts_body(const AttentionParts& parts, int64_t begin, int64_t end) {
+  const Workspace w = Workspace::make<FloatProducts>(parts.args, parts.queries);
+  FloatProducts products(parts.args, w);
+  by_head(parts, begin, end,
+          [&](int64_t from, int64_t to) { attend_parts(parts, w, products, from, to); });
+}
+
+inline void attention_join_body(const AttentionParts& parts, int64_t head) {
+  const Workspace w = Workspace::make<FloatProducts>(parts.args, parts.queries);
+  start_joining(w, parts.queries);
+  const int64_t first = head * parts.queries;
+  for (int64_t q = 0; q < parts.queries; ++q) {
+    for (int64_t chunk = 0; chunk < parts.chunks; ++chunk) {
+      const float* const part = part_of(parts, w, first + q, chunk);
+      join(w, q, {part[0], part[1]}, part + 2);
+    }
+    finish(parts.args, w, q, first + q);
+  }
+}

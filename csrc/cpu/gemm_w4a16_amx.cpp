@@ -58,7 +58,7 @@ struct FloatKernel {
   const int64_t group, group_lines;  // codes and lines of a group
   float* scales = nullptr;           // [groups, rounded up to 4; kTileColumns], of this tile
   float* sums[2] = {};               // [32, kTileColumns], of this and the last segment of a block
-  uint8_t* lines = nullptr;  // unpacked, of few rows: two of [kFields, 16 columns, 64 bytes]
+  uint8_t* lines = nullptr;  // unpacked, of few rows: two of [2, kFields, 16 columns, 64 bytes]
 
   explicit FloatKernel(const GemmW4A16& a)
       : args(a), group(group_of(a)), group_lines(ceil_div(group, kLine)) {}
@@ -93,7 +93,7 @@ struct FloatKernel {
   int64_t extra_bytes() const {
     return (ceil_div(args.groups, 4) * 4 * kTileColumns + 2 * kBlockTotals) *
                int64_t{sizeof(float)} +
-           2 * kLinesBytes;
+           4 * kLinesBytes;
   }
 
   // ---- rows
@@ -103,7 +103,7 @@ struct FloatKernel {
     sums[0] = reinterpret_cast<float*>(work.extra);
     sums[1] = sums[0] + kBlockTotals;
     lines = reinterpret_cast<uint8_t*>(sums[1] + kBlockTotals);
-    scales = reinterpret_cast<float*>(lines + 2 * kLinesBytes);
+    scales = reinterpret_cast<float*>(lines + 4 * kLinesBytes);
     if (tile.rows <= kFewRows) __builtin_memset(sums[0], 0, 2 * kBlockTotals * sizeof(float));
     for (int64_t r = 0; r < tile.rows; ++r) {
       const uint16_t* const x = static_cast<const uint16_t*>(args.x) + (tile.row + r) * args.k;
@@ -292,34 +292,39 @@ struct FloatKernel {
            [&](auto tile) { store_tile<tile>(sums[turn] + half * kHalf * kHalf, pitch * 4); });
       stored[turn][half] = held[turn][half];
     };
-    const auto multiply_line = [&](int64_t line, int64_t half, int64_t turn) {
-      const uint8_t* const w = lines + half * kLinesBytes;
-      with(turn * 2 + half, [&](auto sum) {
-        for (int64_t j = 0; j < kFields; ++j) {
-          load_tile<4>(w + j * kHalf * kRowStep, kRowStep);
-          load_tile<6>(few_row(work, tile, group, line, j), rows * 4);
-          multiply_bf16<sum, 4, 6>();
-        }
+    const auto multiply_part = [&](int64_t line, int64_t j, int64_t turn) {
+      const uint8_t* const w = lines_of(line) + j * kHalf * kRowStep;
+      with(turn, [&](auto of_turn) {
+        constexpr int kSums = 2 * decltype(of_turn)::value;
+        load_tile<6>(few_row(work, tile, group, line, j), rows * 4);
+        load_tile<4>(w, kRowStep);
+        multiply_bf16<kSums, 4, 6>();
+        load_tile<5>(w + kLinesBytes, kRowStep);
+        multiply_bf16<kSums + 1, 5, 6>();
       });
     };
 
+    // A line is multiplied while the next one is unpacked, a part of both at a time: what was just
+    // stored cannot be loaded into a tile for a while, and a product takes its time.
     int64_t turn = 0;
     for (int64_t line = 0; line < total_lines(); turn = 1 - turn) {
       const int64_t first = line, end = line + segment_lines(line);
       const float* const scale = scales + line / group_lines * kTileColumns;
-      for (int64_t half = 0; half < 2; ++half) {
-        empty(turn, half);
-        with(turn * 2 + half, [](auto tile) { clear_tile<tile>(); });
-        held[turn][half] = scale + half * kHalf;
-      }
       for (; line < end; ++line) {
-        unpack_line(columns, line, 0);
-        if (line > first) multiply_line(line - 1, 1, turn);
-        unpack_line(columns, line, 1);
-        multiply_line(line, 0, turn);
+        const int64_t before = line > first ? turn : 1 - turn;
+        for (int64_t j = 0; j < kFields; ++j) {
+          if (line > 0) multiply_part(line - 1, j, before);
+          unpack_columns(columns, line, j * kTileColumns / kFields, kTileColumns / kFields);
+        }
+        for (int64_t half = 0; half < 2 && line == first; ++half) {
+          empty(turn, half);
+          with(turn * 2 + half, [](auto tile) { clear_tile<tile>(); });
+          held[turn][half] = scale + half * kHalf;
+        }
       }
-      multiply_line(end - 1, 1, turn);
     }
+    for (int64_t j = 0; j < kFields && total_lines() > 0; ++j)
+      multiply_part(total_lines() - 1, j, 1 - turn);
     for (int64_t half = 0; half < 2; ++half) {
       empty(turn, half);
       empty(1 - turn, half);
@@ -331,12 +336,15 @@ struct FloatKernel {
         out[r * kTileColumns + c] = totals[c / kHalf][c % kHalf * pitch + r];
   }
 
-  // 16 columns of a line: [field][column][32 codes].
-  void unpack_line(const Columns<kUnitBytes>& columns, int64_t line, int64_t half) {
+  uint8_t* lines_of(int64_t line) const { return lines + line % 2 * 2 * kLinesBytes; }
+
+  // Some columns of a line: [half][field][column][32 codes].
+  void unpack_columns(const Columns<kUnitBytes>& columns, int64_t line, int64_t first,
+                      int64_t count) {
     const int64_t offset = unit_offset(line), next = kTileColumns * columns.bytes + offset;
     const bool in_memory = columns.in_memory(offset);
-    uint8_t* out = lines + half * kLinesBytes;
-    for (int64_t c = half * kHalf; c < (half + 1) * kHalf; ++c, out += kRowStep) {
+    uint8_t* out = lines_of(line) + first / kHalf * kLinesBytes + first % kHalf * kRowStep;
+    for (int64_t c = first; c < first + count; ++c, out += kRowStep) {
       __builtin_prefetch(columns.at[c] + next, 0, 2);
       const __m512i words = _mm512_loadu_si512(
           in_memory ? columns.at[c] + offset : columns.ends[c] + offset - columns.ends_from);

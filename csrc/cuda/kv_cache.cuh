@@ -23,4 +23,7 @@ inline bool is_aligned(const void* p, uintptr_t bytes) {
   return reinterpret_cast<uintptr_t>(p) % bytes == 0;
 }
 
+// kv_quantize_append of two sides of the same sizes, with a launch for both. A cudaError_t.
+int append_both(const KvQuantizeAppend& keys, const KvQuantizeAppend& values, void* stream);
+
 }  // namespace fq::cuda

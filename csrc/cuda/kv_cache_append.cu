@@ -342,4 +342,9 @@ int kv_quantize_append(const KvQuantizeAppend& args, void* /*workspace*/, void* 
   return append(&args, 1, stream);
 }
 
+int append_both(const KvQuantizeAppend& keys, const KvQuantizeAppend& values, void* stream) {
+  const KvQuantizeAppend sides[] = {keys, values};
+  return append(sides, 2, stream);
+}
+
 }  // namespace fq::cuda

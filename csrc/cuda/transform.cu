@@ -33,6 +33,7 @@ TransformQuery query_of(const TransformArgs& args) {
   query.right = t.right != nullptr;
   query.vectors = aligned(q.x, 16) && aligned(q.gate, 16) && aligned(q.codes, 16) &&
                   aligned(t.channel_scale, 16) && aligned(args.out, 16) &&
+                  (q.stride == q.k || q.stride % 8 == 0) &&
                   (args.out_dtype == Dtype::kFloat32 || args.out_dtype == q.dtype);
   query.left_vectors = t.left_dtype == Dtype::kFloat32 && t.n1 % 2 == 0 && aligned(t.left, 8);
   query.right_vectors = t.right_dtype == Dtype::kFloat32 && t.n2 % 2 == 0 && aligned(t.right, 8);
@@ -43,7 +44,9 @@ TransformQuery query_of(const TransformArgs& args) {
 }
 
 int kronecker_quantize(const KroneckerQuantize& args, void* /*workspace*/, void* stream) {
-  return run({args, nullptr, args.dtype}, stream);
+  TransformArgs a{args, nullptr, args.dtype};
+  if (args.stride == 0) a.quantize.stride = args.k;
+  return run(a, stream);
 }
 
 int kronecker(const Kronecker& args, void* /*workspace*/, void* stream) {
@@ -51,7 +54,7 @@ int kronecker(const Kronecker& args, void* /*workspace*/, void* stream) {
   a.quantize.x = args.x;
   a.quantize.transform = args.transform;
   a.quantize.rows = args.rows;
-  a.quantize.k = args.k;
+  a.quantize.k = a.quantize.stride = args.k;
   a.quantize.dtype = args.dtype;
   a.out = args.out;
   a.out_dtype = args.out_dtype;
@@ -69,7 +72,7 @@ int kronecker(const Kronecker& args, void* /*workspace*/, void* stream) {
     a.out = static_cast<uint8_t*>(args.out) + first * row_out;
     a.quantize.transform.n1 = n1;
     a.quantize.rows = rows;
-    a.quantize.k = n1 * t.n2;
+    a.quantize.k = a.quantize.stride = n1 * t.n2;
     const int error = run(a, stream);
     if (error != 0) return error;
     first += rows * n1;

@@ -8,7 +8,7 @@
 namespace fq::cuda {
 
 // kronecker_quantize; or, if out is given, kronecker, which has no gate, rms, clip, codes and
-// scale.
+// scale. quantize.stride is never 0 here.
 struct TransformArgs {
   KroneckerQuantize quantize;
   void* out;

@@ -43,7 +43,7 @@ struct Row {
   GeneralFactor<kFloats> left, right;
   float* kept;    // [k], if plan.row_shared
   float *s, *y;   // [strip, n2]; [strip, n2], or all [n1, n2] if plan.y_shared
-  int64_t first;  // index of its element 0
+  int64_t first;  // index of its element 0, in x and gate
 
   // v: x after the gate. u, what enters the products: v times the channel scale.
   __device__ float gated(uint32_t i) const {
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, 3) general_kernel(const GeneralParam
   __syncthreads();
 
   for (int64_t token = blockIdx.x; token < args.rows; token += gridDim.x) {
-    const Row<kFloats> row{args, p.plan, left, right, kept, s, y, token * args.k};
+    const Row<kFloats> row{args, p.plan, left, right, kept, s, y, token * args.stride};
     float squares = 0.0f;
     if (p.plan.row_shared || args.rms)
       for (uint32_t i = threadIdx.x; i < k; i += kThreads) {
@@ -186,13 +186,13 @@ __global__ void __launch_bounds__(kThreads, 3) general_kernel(const GeneralParam
         row.strip(top, rows_at(top), range);
         if (p.args.out)
           for (uint32_t i = threadIdx.x; i < rows_at(top) * n2; i += kThreads)
-            store(p.args.out, p.args.out_dtype, row.first + top * n2 + i, row.y_of(top)[i]);
+            store(p.args.out, p.args.out_dtype, token * args.k + top * n2 + i, row.y_of(top)[i]);
         if (!p.plan.y_shared) __syncthreads();
       }
     } else {
       for (uint32_t i = threadIdx.x; i < k; i += kThreads) {
         const float v = row.element(i);
-        if (p.args.out) store(p.args.out, p.args.out_dtype, row.first + i, v);
+        if (p.args.out) store(p.args.out, p.args.out_dtype, token * args.k + i, v);
         if (p.plan.y_shared) y[i] = v;
         range.add(v);
       }

@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kWarp* kWarps, kBlocks)
                          plan.row_tiles, p.at.pitch};
   uint8_t* const slot = shared + p.at.tokens + group * p.at.slot;
   float* const squares = reinterpret_cast<float*>(shared + p.at.squares) + group * plan.row_tiles;
-  const int64_t row_bytes = 2 * args.k;
+  const int64_t row_bytes = 2 * args.stride;  // of x and gate
   const uint8_t* const x = static_cast<const uint8_t*>(args.x);
   const uint8_t* const gate = static_cast<const uint8_t*>(args.gate);
   // rows < 2^31, and a stride more fits as well.

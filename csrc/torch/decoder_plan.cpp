@@ -240,14 +240,14 @@ Plan read_plan(const Checks& check, const Tensor& plan, const Tensor& first) {
 
 }  // namespace fq::binding
 
-STABLE_TORCH_LIBRARY_FRAGMENT(flatquant_cuda, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(FQ_LIBRARY, m) {
   m.def("decoder_plan(Tensor[] tensors, int[] sizes, float[] numbers) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(flatquant_cuda, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(FQ_LIBRARY, CPU, m) {
   m.impl("decoder_plan", TORCH_BOX(&fq::binding::decoder_plan));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(flatquant_cuda, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(FQ_LIBRARY, CUDA, m) {
   m.impl("decoder_plan", TORCH_BOX(&fq::binding::decoder_plan));
 }

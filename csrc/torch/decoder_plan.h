@@ -10,6 +10,10 @@
 #include "args.h"
 #include "checks.h"
 
+#ifndef FQ_LIBRARY
+#define FQ_LIBRARY flatquant_cuda
+#endif
+
 namespace fq::binding {
 
 struct Plan {
@@ -24,7 +28,7 @@ Plan read_plan(const Checks& check, const Tensor& plan, const Tensor& first);
 
 Prepared<DecoderStack, Tensor> decoder_stack(Tensor hidden, Tensor cos, Tensor sin,
                                              MaybeTensor mask, Tensor plan, Tensor cache,
-                                             int64_t past);
+                                             int64_t past, MaybeTensor slots, MaybeTensor lengths);
 
 // Uninitialized uint8 [rows, row_bytes] in the memory of the host.
 Tensor host_bytes(const Tensor& like, int64_t rows, int64_t row_bytes);

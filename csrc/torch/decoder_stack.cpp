@@ -5,8 +5,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <exception>
-#include <mutex>
 #include <utility>
 
 #include "decoder_plan.h"
@@ -128,6 +126,24 @@ void take_cache(const Checks& check, const Tensor& cache, const Tensor& hidden,
   args.caches = reinterpret_cast<const StackCache*>(data + kCacheRow);
 }
 
+// Tokens that a step of a CUDA graph places by numbers on the device.
+void take_places(const Checks& check, const MaybeTensor& slots, const MaybeTensor& lengths,
+                 DecoderStack& args) {
+  check.require(slots.has_value() == lengths.has_value(), slots ? "lengths" : "slots",
+                " is missing: slots and lengths are given together");
+  if (!slots) return;
+  for (int64_t i = 1; i < args.count; ++i)
+    check.require(args.caches[i].capacity == args.caches[0].capacity, "layer ", i, " of cache has ",
+                  args.caches[i].capacity, " positions, layer 0 ", args.caches[0].capacity,
+                  ": with slots all must have as many");
+  args.slots = static_cast<const int64_t*>(
+      check.input("slots", *slots, ScalarType::Long, {args.batch, args.t}));
+  args.lengths =
+      static_cast<const int32_t*>(check.input("lengths", *lengths, ScalarType::Int, {args.batch}));
+  check.require(args.past + args.t < (int64_t{1} << 31) - 65536, "past is ", args.past,
+                ": with lengths it must be below 2^31 - 65536");
+}
+
 void take_mask(const Checks& check, const Tensor& mask, DecoderStack& args) {
   check.on_device("mask", mask);
   check.aligned("mask", mask);
@@ -149,7 +165,7 @@ void take_mask(const Checks& check, const Tensor& mask, DecoderStack& args) {
 
 Prepared<DecoderStack, Tensor> decoder_stack(Tensor hidden, Tensor cos, Tensor sin,
                                              MaybeTensor mask, Tensor plan, Tensor cache,
-                                             int64_t past) {
+                                             int64_t past, MaybeTensor slots, MaybeTensor lengths) {
   const Checks check("decoder_stack", "hidden", hidden);
   const Plan bound = read_plan(check, plan, hidden);
   const StackSizes& s = bound.sizes;
@@ -170,6 +186,7 @@ Prepared<DecoderStack, Tensor> decoder_stack(Tensor hidden, Tensor cos, Tensor s
                 " rows: it must have 1, or one for each of ", args.batch, " sequences");
   args.sin = check.input("sin", sin, hidden.scalar_type(), shape_of(cos));
   take_cache(check, cache, hidden, args);
+  take_places(check, slots, lengths, args);
   if (mask) take_mask(check, *mask, args);
 
   Tensor out = torch::stable::clone(hidden);
@@ -178,51 +195,19 @@ Prepared<DecoderStack, Tensor> decoder_stack(Tensor hidden, Tensor cos, Tensor s
   return {args, std::move(out), rows, 0, {}};
 }
 
-namespace {
-
-// On the CPU.
-Tensor run(Tensor hidden, Tensor cos, Tensor sin, MaybeTensor mask, Tensor plan, Tensor cache,
-           int64_t past) {
-  Prepared<DecoderStack, Tensor> prepared =
-      decoder_stack(hidden, cos, sin, mask, plan, cache, past);
-  if (prepared.units == 0) return prepared.out;
-  const DecoderStack& args = prepared.args;
-  const int64_t threads = cpu::decoder_stack_threads(args, torch::stable::get_num_threads());
-  const int64_t bytes = cpu::decoder_stack_workspace(args, threads);
-  Tensor memory = torch::stable::new_empty(hidden, {bytes + 64}, ScalarType::Byte);
-  const uintptr_t first = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr());
-  void* const workspace = reinterpret_cast<void*>((first + 63) / 64 * 64);
-  cpu::decoder_stack_begin(args, threads, workspace);
-
-  std::exception_ptr failure;  // must not leave a thread of the region
-  std::mutex mutex;
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
-    try {
-      cpu::decoder_stack(args, thread, threads, workspace);
-    } catch (...) {
-      const std::lock_guard<std::mutex> lock(mutex);
-      failure = std::current_exception();
-    }
-  });
-  if (failure) std::rethrow_exception(failure);
-  return prepared.out;
-}
-
-}  // namespace
 }  // namespace fq::binding
 
-STABLE_TORCH_LIBRARY_FRAGMENT(flatquant_cuda, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(FQ_LIBRARY, m) {
   m.def("decoder_cache(Tensor plan, Tensor[] tensors) -> Tensor");
   m.def(
       "decoder_stack(Tensor hidden, Tensor cos, Tensor sin, Tensor? mask, Tensor plan,"
-      " Tensor(a!) cache, int past) -> Tensor");
+      " Tensor(a!) cache, int past, Tensor? slots=None, Tensor? lengths=None) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(flatquant_cuda, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(FQ_LIBRARY, CPU, m) {
   m.impl("decoder_cache", TORCH_BOX(&fq::binding::decoder_cache));
-  m.impl("decoder_stack", TORCH_BOX(&fq::binding::run));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(flatquant_cuda, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(FQ_LIBRARY, CUDA, m) {
   m.impl("decoder_cache", TORCH_BOX(&fq::binding::decoder_cache));
 }

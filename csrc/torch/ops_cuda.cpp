@@ -9,6 +9,7 @@
 #include <string>
 
 #include "args.h"
+#include "decoder_plan.h"
 
 // Exported by libtorch_cuda only; null under a CPU-only torch.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
@@ -75,4 +76,5 @@ STABLE_TORCH_LIBRARY_IMPL(flatquant_cuda, CUDA, m) {
   FQ_CUDA_OP(kv_dequantize, KvDequantize);
   FQ_CUDA_OP_WITH(attention_decode, fq::cuda::attention_decode_workspace);
   FQ_CUDA_OP(gemm_w4a16, GemmW4A16);
+  FQ_CUDA_OP_WITH(decoder_stack, fq::cuda::decoder_stack_workspace);
 }

@@ -135,6 +135,37 @@ def test_no_cliff(gpu: Gpu, a: int, w: int) -> None:
         assert (at_edges[1:] / at_edges[:-1])[near].max() <= 2, (n, k)
 
 
+SWEPT: NDArray[np.int64] = np.arange(1, 2100, dtype=np.int64)
+SWEPT_LAYERS = ((4096, 4096), (28672, 4096), (4096, 14336), (264, 512))
+PLAN = ("kernel", "tile_m", "tile_n", "tile_k", "stages", "warps", "cluster")
+FLOAT_PLAN = ("kernel", "tokens", "rows", "stages")
+
+
+def steps_at_boundaries(plans: Any, fields: tuple[str, ...]) -> NDArray[np.float64]:
+    """What one token more costs, as a ratio, wherever it changes the plan."""
+    edges = np.flatnonzero(np.any([np.diff(plans[key]) != 0 for key in fields], axis=0)) + 1
+    return np.append(plans["clocks"][edges] / plans["clocks"][edges - 1], 1.0)
+
+
+@every_gpu
+@pytest.mark.parametrize(("a", "w"), WIDTHS)
+def test_no_hole_and_no_step_where_the_plan_changes(gpu: Gpu, a: int, w: int) -> None:
+    """Every number of tokens to 2100 has a kernel, and a boundary costs at most a wave."""
+    for n, k in SWEPT_LAYERS:
+        plans = plans_of(gpu, n, k, a, w, SWEPT)
+        assert (plans["kernel"] != native.GEMM_KERNELS.index("none")).all(), (n, k)
+        assert steps_at_boundaries(plans, PLAN).max() <= 2, (n, k)
+
+
+@every_gpu
+def test_no_hole_and_no_step_for_floats(gpu: Gpu) -> None:
+    for n, k in SWEPT_LAYERS:
+        for groups in (1, k // 128):
+            plans = native.plan_w4a16(gpu, SWEPT, n, k, groups=groups)
+            assert np.isin(plans["kernel"], list(FLOATS)).all(), (n, k)
+            assert steps_at_boundaries(plans, FLOAT_PLAN).max() <= 2, (n, k)
+
+
 # ---- gemm_w4a16 ----------------------------------------------------------------------------------
 
 KINDS = native.W4A16_KERNELS

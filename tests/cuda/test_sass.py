@@ -71,6 +71,8 @@ BUDGETS = (
     Budget("attention_mma.cu", "attention_mma_kernel", blocks=2, needs=ATTENTION),
     Budget("attention.cu", "general_kernel", blocks=4, shared=11264),
     Budget("attention.cu", "join_kernel", blocks=8, shared=528),
+    Budget("heads.cu", r"\bturn_kernel", blocks=6),
+    Budget("heads.cu", r"\bgather_kernel", blocks=8),
     Budget("gemm.cu", "widen_kernel", blocks=8),  # memory-bound: all threads an SM can have
     Budget("gemm_mma.cu", "gemm_mma_kernel", blocks=1, needs=(r"IMMA\.16832\.S8\.S8", "LDGSTS")),
     Budget(

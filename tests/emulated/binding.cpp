@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../../csrc/torch/args.h"
+#include "../../csrc/torch/decoder_plan.h"
 #include "emulator.h"
 #include "fiber.h"
 
@@ -35,6 +36,7 @@ __attribute__((weak)) int kv_quantize_append(const KvQuantizeAppend&, void*, voi
 __attribute__((weak)) int kv_dequantize(const KvDequantize&, void*, void*);
 __attribute__((weak)) int attention_decode(const AttentionDecode&, void*, void*);
 __attribute__((weak)) int gemm_w4a16(const GemmW4A16&, void*, void*);
+__attribute__((weak)) int decoder_stack(const DecoderStack&, void*, void*);
 }  // namespace fq::cuda
 
 namespace fq::binding {
@@ -150,6 +152,14 @@ void redirect(KvQuantizeAppend& args, Outputs& outputs) {
   std::memcpy(args.zero, before[2], rows);
 }
 
+// The residual stream, in and out. The caches are written in place: what is around them is theirs.
+void redirect(DecoderStack& args, Outputs& outputs) {
+  const int64_t count = args.batch * args.t * args.sizes.hidden, unit = size_of(args.dtype);
+  const void* const before = args.hidden;
+  outputs.redirect("hidden", args.hidden, count, unit);
+  std::memcpy(args.hidden, before, count * unit);
+}
+
 template <class Args>
 int64_t no_workspace(const Args&) {
   return 0;
@@ -199,6 +209,7 @@ STABLE_TORCH_LIBRARY_IMPL(flatquant_emulated, CPU, m) {
   FQ_EMULATED_OP(kv_dequantize, KvDequantize);
   FQ_EMULATED_OP_WITH(attention_decode, fq::cuda::attention_decode_workspace);
   FQ_EMULATED_OP(gemm_w4a16, GemmW4A16);
+  FQ_EMULATED_OP_WITH(decoder_stack, fq::cuda::decoder_stack_workspace);
 }
 
 // For tests, by ctypes.

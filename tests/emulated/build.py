@@ -28,7 +28,7 @@ JOBS = 2
 
 # What CMake compiles and the host cannot: CUTLASS, and questions to the CUDA runtime.
 NOT_EMULATED = ("*_cutlass_*.cu", "gpu.cu")
-BINDING = ("schema.cpp", "args.cpp")  # of csrc/torch
+BINDING = ("schema.cpp", "args.cpp", "decoder_plan.cpp", "decoder_stack.cpp")  # of csrc/torch
 EMULATOR = ("launch", "scheduler", "shared_memory", "fiber", "tensor_core", "emulated_gpu")
 
 

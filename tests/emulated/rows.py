@@ -13,6 +13,7 @@ from flatquant_cuda import packing, reference
 from tests.ops.cases import CASES, CHECKS, Call, Case
 
 from .emulated import GPUS, ORDERS, Emulated
+from .stacks import STACKS, StackRow
 
 OPS = (
     "quantize_activation",
@@ -26,6 +27,7 @@ OPS = (
     "kv_quantize_append",
     "kv_dequantize",
     "attention_decode",
+    "decoder_stack",
 )
 
 
@@ -238,4 +240,4 @@ def _streaming() -> Iterator[Row]:
 
 STREAMS = tuple(_streaming())
 MODELS = tuple(Row(*row, few_tokens=True) for rows in (_decoding(), _prefilling()) for row in rows)
-EVERY_ROW = TABLE + FURTHER_ROWS + STREAMS + MODELS
+EVERY_ROW: tuple[Row | StackRow, ...] = TABLE + FURTHER_ROWS + STREAMS + MODELS + STACKS

@@ -263,6 +263,48 @@ def test_threads_and_batch_change_nothing(threads, batch):
         torch.set_num_threads(before)
 
 
+def full_cache(sizes: Sizes, layers: int, batch: int, capacity: int) -> list[Tensor]:
+    """Random codes, scales and zero points at every position."""
+    generator = torch.Generator().manual_seed(7)
+    found = make_cache(sizes, layers, batch, capacity)
+    for tensor in found:
+        if tensor.dtype == torch.uint8:
+            tensor.random_(0, 16, generator=generator)
+        else:
+            tensor.uniform_(0.01, 0.1, generator=generator)
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("threads", "batch", "kv_heads"), [(2, 1, 3), (3, 2, 1), (7, 1, 2)])
+def test_threads_share_a_long_cache(threads, batch, kv_heads, dtype, isa):
+    """They take chunks of a head's positions, some of which a query may not attend to."""
+    sizes = dataclasses.replace(
+        SIZES, hidden=256, intermediate=384, heads=6, kv_heads=kv_heads, head_dim=64
+    )
+    layers = [make_layer(sizes, seed, plain=True) for seed in range(2)]
+    plan = DecoderPlan(layers, sizes, SCALING)
+    past, capacity = 1030, 1040
+    caches = [full_cache(sizes, 2, batch, capacity) for _ in range(2)]
+    caches[0][1][:, :, 300] = caches[1][1][:, :, 300] = math.nan
+    bound, before = plan.bind_cache(caches[0]), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for t in (1, 3, 1):
+            hidden, cos, sin = inputs(sizes, dtype, batch, t, seed=past)
+            mask = causal(t, past + t).repeat(batch, 1, 1, 1)
+            mask[..., 250:600] = False  # the NaN among them
+            mask[:, :, :1, 700:] = t == 1
+            found = plan.run(hidden, cos, sin, bound, past=past, mask=mask)
+            wanted = one_by_one(layers, sizes, hidden, cos, sin, caches[1], past=past, mask=mask)
+            assert torch.equal(found, wanted) and torch.isfinite(found).all()
+            past += t
+    finally:
+        torch.set_num_threads(before)
+    hidden, cos, sin = inputs(sizes, dtype, batch, 1)
+    assert plan.run(hidden, cos, sin, bound, past=past).isnan().all()
+
+
 def masks(batch: int, heads: int, t: int, length: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(4)
     allowed = torch.rand(batch, heads, t, length, generator=generator) < 0.7

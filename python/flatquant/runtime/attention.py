@@ -9,7 +9,7 @@ perplexity without a cache and generation with one read the same codes.
 from __future__ import annotations
 
 import types
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,7 @@ def flatquant_attention(
         and dropout == 0.0
         and not (torch.is_grad_enabled() and query.requires_grad)  # the op has no gradient
     )
-    if from_codes and isinstance(key, PackedStates) and isinstance(value, PackedStates):
+    if from_codes and _has_codes(key) and _has_codes(value):
         mask = _causal_mask(query, key) if mask is None and causal else mask
         out = _attend_packed(query, key, value, mask, scale)
     else:
@@ -125,6 +125,10 @@ def _quantized(
     keys.append(key)
     values.append(value)
     return quantizer.rotate_query(query), keys.view(), values.view()
+
+
+def _has_codes(states: Tensor | PackedStates) -> TypeGuard[PackedStates]:
+    return isinstance(states, PackedStates) and states.has_codes
 
 
 def _attend_packed(

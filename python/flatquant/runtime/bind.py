@@ -210,12 +210,21 @@ def _read(block: nn.Module, name: str, family: FamilySpec) -> _Block:
     attention: Any = block.get_submodule(family.attention)
     _check_wiring(block, attention, name, family)
     quantizer = getattr(attention, "kv_quantizer", None)
-    if type(quantizer) is not KVQuantizer or OFF in (quantizer.k_bits, quantizer.v_bits):
+    if (
+        type(quantizer) is not KVQuantizer
+        or OFF in (quantizer.k_bits, quantizer.v_bits)
+        or quantizer.simulated
+    ):
         raise UnfitError(f"keys or values of {name} are not quantized")
 
     def linear(path: str) -> QuantizedLinear:
         found = block.get_submodule(path)
-        if type(found) is not QuantizedLinear or OFF in (found.w_bits, found.a_bits):
+        if (
+            type(found) is not QuantizedLinear
+            or OFF in (found.w_bits, found.a_bits)
+            or found.kernel == "simulated"
+            or found.kept_weight is not None
+        ):
             raise UnfitError(f"{name}.{path} does not run on an integer kernel")
         _require(not found.simulate, f"{name}.{path} is simulated in floating point")
         return found

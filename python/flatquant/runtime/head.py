@@ -1,4 +1,5 @@
-"""The output head in 8 bits, and the embedding that shares its rows where the two are tied.
+"""The output head: in 8 bits, with the embedding that shares its rows where the two are tied, or
+as it is, by an op of our own for a few tokens in bfloat16.
 
 On small models these two matrices are most of what a token reads (Scheme option "head8").
 """
@@ -16,6 +17,7 @@ from torch.nn.functional import embedding
 from flatquant.runtime.activation import ActivationSpec
 from flatquant.runtime.linear import QuantizedLinear
 from flatquant.scheme import Scheme
+from flatquant_cuda import head as native
 from flatquant_cuda.reference import quantize_weight
 
 
@@ -50,6 +52,20 @@ class SharedEmbedding(nn.Module):
     def extra_repr(self) -> str:
         """For printing the model."""
         return f"{self.num_embeddings}, {self.embedding_dim}, shared with the head"
+
+
+def untie_head(model: Any) -> None:
+    """Give a tied output head a weight of its own, equal to the embedding's; idempotent.
+
+    The config says so too, so that a saved model is read back the same way.
+    """
+    if not model.config.tie_word_embeddings:
+        return
+    head = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    model.config.tie_word_embeddings = False
+    if hasattr(model, "all_tied_weights_keys"):
+        model.all_tied_weights_keys = {}
 
 
 def install_head(model: Any, bits: int) -> None:
@@ -87,6 +103,29 @@ def fill_head(head: QuantizedLinear, linear: nn.Linear) -> None:
         buffer = getattr(head, name)
         if buffer is not None and value is not None:
             buffer.copy_(value.detach())
+
+
+def quicken(model: Any) -> None:
+    """Let an unquantized head of a model run on our op where that is faster; idempotent."""
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear:
+        # a bound method, because copy.deepcopy(model) rebinds those to the copy
+        vars(head).setdefault("forward", types.MethodType(forward, head))
+
+
+def forward(linear: Any, x: Tensor) -> Tensor:
+    """`forward` of an output head: x [..., hidden] to logits [..., vocabulary]."""
+    weight = linear.weight
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or type(x) is not Tensor
+        or not native.fits(x, weight)
+        or torch.is_autocast_enabled("cpu")
+        or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+    ):
+        return type(linear).forward(linear, x)
+    return native.head(x, weight.detach(), linear.bias)
 
 
 def _tie_nothing(model: Any, *args: Any, **kwargs: Any) -> None:

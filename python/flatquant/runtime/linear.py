@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 import flatquant_cuda as fq
+from flatquant.formats import INTEGER, Format
 from flatquant.runtime.activation import (
     Activation,
     ActivationSpec,
@@ -14,6 +16,7 @@ from flatquant.runtime.activation import (
     QuantizedActivation,
 )
 from flatquant.scheme import Scheme
+from flatquant.weights.base import dequantized
 
 
 class QuantizedLinear(InputQuantizer):
@@ -21,19 +24,24 @@ class QuantizedLinear(InputQuantizer):
 
     Buffers: weight_packed uint8 [out, ceil(in/2)] (2-bit weights with floating-point inputs:
     four a byte; more than 4 bits: int8 [out, in]), weight_scale float32 [out] or [out, groups],
-    weight_colsum int32 [out] for asymmetric inputs, weight [out, in] where W is 16, bias.
+    weight_colsum int32 [out] for asymmetric inputs, weight_zero float32 like the scale for
+    asymmetric weights, kept_weight [out, kept] of input channels that stay in floating point,
+    weight [out, in] where W is 16, bias.
     Where the linear alone reads its input, it holds the transform too: left_trans, right_trans
     and clip_ratio.
 
-    Bit widths for which no kernel exists (floating-point weights with quantized inputs, or
-    weights above 4 bits with floating-point inputs) run simulated; `kernel` says so.
+    What no kernel computes (floating-point weights with quantized inputs, weights above 4 bits
+    with floating-point inputs, asymmetric weights, other formats) runs simulated; `kernel` says
+    so.
     """
 
-    exact = InputQuantizer.exact | {"weight_scale"}
+    exact = InputQuantizer.exact | {"weight_scale", "weight_zero"}
     weight_packed: Tensor | None
     weight_scale: Tensor | None
+    weight_zero: Tensor | None
     weight_colsum: Tensor | None
     weight: Tensor | None
+    kept_weight: Tensor | None
     bias: Tensor | None
 
     def __init__(
@@ -52,8 +60,8 @@ class QuantizedLinear(InputQuantizer):
         self.in_features = in_features
         self.out_features = out_features
         self.w_bits, self.a_bits = scheme.w_bits, spec.bits
-        self.w_group = scheme.w_group
-        self.kernel = _kernel_of(self.w_bits, self.a_bits)
+        self.w_format = scheme.weights
+        self.kernel = _kernel_of(scheme.weights, spec)
         self.simulate = False
         quantized = self.w_bits < 16
 
@@ -62,19 +70,22 @@ class QuantizedLinear(InputQuantizer):
 
         packed = self._packed_width()
         storage = torch.int8 if 4 < self.w_bits < 16 else torch.uint8
-        scheme.check_width(in_features)
-        groups = () if self.w_group is None else (in_features // self.w_group,)
+        block = scheme.weights.block
+        groups = () if block is None else (in_features // block,)
         self.register_buffer("weight_packed", empty(quantized, out_features, packed, kind=storage))
         self.register_buffer(
             "weight_scale", empty(quantized, out_features, *groups, kind=torch.float32)
         )
+        shifted = quantized and spec.to_codes and not spec.symmetric
+        self.register_buffer("weight_colsum", empty(shifted, out_features, kind=torch.int32))
         self.register_buffer(
-            "weight_colsum",
-            empty(
-                quantized and not spec.symmetric and spec.bits < 16, out_features, kind=torch.int32
-            ),
+            "weight_zero",
+            empty(quantized and not scheme.w_symmetric, out_features, *groups, kind=torch.float32),
         )
         self.register_buffer("weight", empty(not quantized, out_features, in_features, kind=dtype))
+        self.register_buffer(
+            "kept_weight", empty(spec.kept > 0, out_features, spec.kept, kind=dtype)
+        )
         self.register_buffer("bias", empty(bias, out_features, kind=dtype))
 
     @classmethod
@@ -121,13 +132,22 @@ class QuantizedLinear(InputQuantizer):
                     "of it prepared, not a tensor"
                 )
             x = self.prepare(x)
+        out = self._product(x)
+        if x.kept is None or self.kept_weight is None:
+            return out
+        return out + linear(x.kept.to(self.kept_weight.dtype), self.kept_weight).to(out.dtype)
+
+    def _product(self, x: Activation) -> Tensor:
+        """All but the channels that stay in floating point."""
         simulated = self.simulate or self.kernel == "simulated" or x.dtype == torch.float64
         if isinstance(x, FloatActivation):
-            return self._simulated_float(x.value) if simulated else self._gemm_float(x.value)
+            if simulated:
+                return self._simulated_float(x.value).to(x.dtype)
+            return self._gemm_float(x.value)
         assert isinstance(x, QuantizedActivation)
         if not simulated:
             return self._gemm_integer(x)
-        if self.w_bits == 16:
+        if self.kernel == "simulated":
             value = self._input_codes(x).float() * x.scale.unsqueeze(-1)
             return self._simulated_float(value).to(x.dtype)
         return self._simulated_integer(x)
@@ -165,7 +185,7 @@ class QuantizedLinear(InputQuantizer):
     def _simulated_float(self, value: Tensor) -> Tensor:
         wide = torch.promote_types(value.dtype, torch.float32)
         out = value.to(wide) @ self.dequantized_weight(wide).mT
-        return (out if self.bias is None else out + self.bias.to(wide)).to(value.dtype)
+        return out if self.bias is None else out + self.bias.to(wide)
 
     def _weight(self) -> tuple[Tensor, Tensor]:
         if self.weight_packed is None or self.weight_scale is None:
@@ -182,13 +202,16 @@ class QuantizedLinear(InputQuantizer):
         return fq.packing.unpack_nibbles(packed, self.in_features, True)
 
     def dequantized_weight(self, dtype: torch.dtype) -> Tensor:
-        """The weight in floating point, [out, in], in the transformed basis."""
+        """The whole weight in floating point, [out, in], in the transformed basis."""
         if self.weight is not None:
             return self.weight.to(dtype)
         _, scale = self._weight()
-        scale = scale.unsqueeze(-1) if scale.dim() == 1 else scale
-        repeats = self.in_features // scale.shape[1]
-        return self.weight_codes().to(dtype) * scale.to(dtype).repeat_interleave(repeats, dim=1)
+        number = self.w_format.number
+        name = None if number is None else number.name
+        weight = dequantized(self.weight_codes(), scale, self.weight_zero, name, dtype)
+        if self.kept is None or self.kept_weight is None:
+            return weight
+        return weight.index_copy(1, self.kept, self.kept_weight.to(dtype))
 
     def _input_codes(self, x: QuantizedActivation) -> Tensor:
         """Codes minus zero points, int32 [..., in]."""
@@ -205,9 +228,14 @@ class QuantizedLinear(InputQuantizer):
         )
 
 
-def _kernel_of(w_bits: int, a_bits: int) -> str:
+def _kernel_of(weights: Format, spec: ActivationSpec) -> str:
+    """The op that computes products of these weights and inputs."""
+    w_bits, a_bits = weights.bits, spec.bits
+    if spec.simulated is not None or weights.kind != INTEGER or not weights.symmetric:
+        return "simulated"
     if w_bits > 4:
         return "gemm_w8a8" if w_bits <= 8 and a_bits <= 8 else "simulated"
     if a_bits <= 4:
-        return "gemm_w4a4"
+        # codes lie in bytes where another linear with wider weights reads them
+        return "gemm_w4a8" if spec.wide_weights else "gemm_w4a4"
     return "gemm_w4a8" if a_bits <= 8 else "gemm_w4a16"

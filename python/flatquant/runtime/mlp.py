@@ -37,6 +37,6 @@ class QuantizedMLP(nn.Module):
     def forward(self, x: Tensor | Activation) -> Tensor:
         """x: hidden states, [..., hidden]."""
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if self.fuses_silu and self.down_proj.spec.bits < 16:
+        if self.fuses_silu and self.down_proj.spec.to_codes:
             return self.down_proj(self.down_proj.quantize(up, gate=gate))
         return self.down_proj(self.act_fn(gate) * up)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from flatquant.models.spec import norm_epsilon
-from flatquant.runtime.activation import Activation, ActivationSpec, InputQuantizer, as_float
+from flatquant.runtime.activation import Activation, ActivationSpec, InputQuantizer
 
 
 class QuantizedNorm(InputQuantizer):
@@ -41,11 +41,11 @@ class QuantizedNorm(InputQuantizer):
 
     def forward(self, x: Tensor) -> Activation:
         """x: [..., width] residual stream."""
-        if self.spec.bits < 16:
+        if self.spec.to_codes:
             return self.quantize(x, channel_scale=self.weight, rms_eps=self.eps)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return as_float(self.transform((wide * self.weight).to(x.dtype)))
+        return self.as_float(self.transform((wide * self.weight).to(x.dtype)))
 
     def extra_repr(self) -> str:
         """For printing the model."""

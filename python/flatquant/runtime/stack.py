@@ -22,7 +22,8 @@ from flatquant.models import family_of
 from flatquant.runtime.attention import DECODE_QUERIES
 from flatquant.runtime.bind import Bound, UnfitError, Watch, bind
 from flatquant.runtime.cache import Int4Cache
-from flatquant.runtime.head import SharedEmbedding
+from flatquant.runtime.graphs import Graphs
+from flatquant.runtime.head import SharedEmbedding, quicken
 from flatquant_cuda import decoder as native
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,11 +38,13 @@ class FastPath:
     Attributes:
         enabled: False lets every call take transformers' own forward.
         obstacle: why the blocks cannot run as one op; None if they can, or nobody has asked yet.
+        graphs: steps of single tokens as CUDA graphs; None on a CPU, and until blocks are bound.
     """
 
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
         self.obstacle: str | None = None
+        self.graphs: Graphs | None = None
         self._bound: Bound | None = None
         self._watch: Watch | None = None
 
@@ -55,10 +58,12 @@ class FastPath:
     def bound(self, decoder: Any) -> Bound | None:
         """The decoder's blocks bound to a plan, or None: `obstacle` says why."""
         if self._watch is None or not self._watch.unchanged(decoder):
-            self._bound, self.obstacle = None, None
+            self._bound, self.obstacle, self.graphs = None, None, None
             try:
                 self._watch = Watch(decoder)
                 self._bound = bind(decoder)
+                if self._bound.plan.device.type == "cuda":
+                    self.graphs = Graphs(self._bound.plan)
             except UnfitError as error:
                 self.obstacle = str(error)
         if self._watch is not None and self._watch.hooked():
@@ -111,6 +116,13 @@ class FastPath:
             step = past_key_values.in_step(bound, bound.quantizers, shape, dtype, given.device)
             if step is None:
                 return None
+            if self.graphs is not None and t == 1 and input_ids is not None:
+                last = self.graphs.run(decoder, step, input_ids, position_ids, attention_mask)
+                if last is not None:
+                    step.length += 1
+                    return BaseModelOutputWithPast(
+                        last_hidden_state=last, past_key_values=past_key_values
+                    )
             cache = bound.bind(step)
         else:
             return None
@@ -197,8 +209,12 @@ def forward(decoder: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def activate(model: nn.Module) -> None:
-    """Give the decoder of a quantized model a fast path; idempotent."""
+    """Give the decoder of a quantized model a fast path, and its head too; idempotent."""
     decoder = decoder_of(model)
+    # `generate` asks for model.device at every token, which goes through all modules up to the
+    # first parameter. The blocks have none, so they come last.
+    decoder._modules["layers"] = decoder._modules.pop("layers")
+    quicken(model)
     if not isinstance(getattr(decoder, "fast_path", None), FastPath):
         decoder.fast_path = FastPath()
     # a bound method, because copy.deepcopy(model) rebinds those to the copy
@@ -217,6 +233,8 @@ def fast_path(model: nn.Module, enabled: bool) -> None:
     if not isinstance(path, FastPath):
         raise ValueError("fast_path: the model has none: its keys and values are not quantized")
     path.enabled = enabled
+    if not enabled and path.graphs is not None:
+        path.graphs.clear()
 
 
 def obstacle(model: nn.Module) -> str | None:

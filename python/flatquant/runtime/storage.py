@@ -50,6 +50,11 @@ class PackedStates:
         """Device of the codes."""
         return self.codes.device
 
+    @property
+    def has_codes(self) -> bool:
+        """Whether kernels can attend to the codes themselves."""
+        return True
+
     def poisoned(self) -> Tensor:
         """bool [batch, kv_heads, length]: positions that held NaN or Inf (their scale is NaN)."""
         return self.scale[:, :, : self.length].isnan()

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 import flatquant
 from flatquant.runtime.head import SharedEmbedding, install_head
 from flatquant.runtime.linear import QuantizedLinear
+from flatquant_cuda import head as native
 
 from ..conftest import FAMILIES, build_tiny_model
 
@@ -117,3 +118,68 @@ def test_a_head_that_is_no_linear_is_refused():
     model.lm_head = nn.Identity()
     with pytest.raises(TypeError, match=r"head is a Identity, not nn.Linear"):
         install_head(model, 8)
+
+
+# ---- the head as it is, in bfloat16 --------------------------------------------------------------
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of the calls of our op."""
+    if not native.available():
+        pytest.skip("no native head")
+    found: list[int] = []
+    original = native.head
+
+    def counted(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        found.append(x.numel() // x.shape[-1])
+        return original(x, *rest)
+
+    monkeypatch.setattr(native, "head", counted)
+    return found
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_few_tokens_run_on_our_op(calls, tied, token_ids):
+    model = quantized("W4A8KV4", tied).bfloat16()
+    reference = nn.functional.linear
+    hidden = model.model(token_ids[:1, :3]).last_hidden_state
+    logits = model(token_ids[:1, :3]).logits
+    assert calls == [3]
+    wanted = reference(hidden.double(), model.lm_head.weight.double())
+    assert (logits.double() - wanted).abs().max() <= 2.0**-8 * wanted.abs().max()
+    flatquant.fast_path(model, False)
+    assert torch.equal(model(token_ids[:1, :3]).logits, logits)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.lm_head.weight.zero_()
+    assert not twin(token_ids[:1, :3]).logits.any() and len(calls) == 3
+    assert torch.equal(model(token_ids[:1, :3]).logits, logits)
+
+
+def test_everything_else_is_left_to_torch(calls, token_ids):
+    model = quantized("W4A8KV4").bfloat16()
+    few = token_ids[:1, :2]
+    assert model(token_ids).logits.shape[:2] == token_ids.shape  # many tokens
+    with torch.autocast("cpu", torch.bfloat16):
+        model(few)
+    with torch.enable_grad():
+        assert model(few).logits.requires_grad
+    model.float()(few)
+    assert not calls
+    model.bfloat16()(few)
+    assert calls == [2]
+    model.lm_head.register_forward_hook(lambda module, args, output: output * 0)
+    assert not model(few).logits.any()
+
+
+def test_the_device_is_found_at_once():
+    """`generate` asks for it at every token: no block is gone through for a parameter."""
+    model = quantized()
+    seen = []
+    for name, module in model.named_modules():
+        seen.append(name)
+        if module._parameters:
+            break
+    assert not any(".layers." in name for name in seen)
+    assert [name for name, _ in model.model.named_children()][-1] == "layers"
