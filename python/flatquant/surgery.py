@@ -61,7 +61,7 @@ def install(model: nn.Module, plan: QuantizationPlan) -> None:
     family = family_of(model.config)
     geometry = family.geometry(model.config)
     for name in block_names(model, family):
-        _install_block(model.get_submodule(name), name, family, geometry, plan)
+        install_block(model.get_submodule(name), name, family, geometry, plan)
     if plan.scheme.head_bits != OFF:
         install_head(model, plan.scheme.head_bits)
     model.flatquant_plan = plan  # type: ignore[assignment]
@@ -70,23 +70,27 @@ def install(model: nn.Module, plan: QuantizationPlan) -> None:
         stack.activate(model)
 
 
-def _install_block(
+def install_block(
     block: nn.Module, name: str, family: FamilySpec, geometry: Geometry, plan: QuantizationPlan
 ) -> None:
-    scheme = plan.scheme
+    """Replace what the plan names in one block by empty runtime modules, in place."""
     for group in family.groups:
         if not plan.quantizes_group(name, group):
             continue
-        sizes = _factor_sizes(group.site, geometry) if group.site in plan.sites else (0, 0)
+        sizes = _factor_sizes(group.site, geometry, plan)
+        schemes = [plan.scheme_of(f"{name}.{linear_name}") for linear_name in group.linears]
+        inputs = plan.input_scheme(name, group).activations
         spec = ActivationSpec(
             width=geometry.width(group.site),
-            bits=scheme.a_bits,
-            symmetric=scheme.a_symmetric,
+            bits=inputs.bits,
+            symmetric=inputs.symmetric,
             left=sizes[0],
             right=sizes[1],
-            wide_weights=4 < scheme.w_bits < 16,
+            wide_weights=any(4 < scheme.w_bits < OFF for scheme in schemes),
+            simulated=None if inputs.off or inputs.by_row else inputs,
+            kept=plan.kept_columns(name, group.site),
         )
-        for linear_name in group.linears:
+        for linear_name, scheme in zip(group.linears, schemes, strict=True):
             linear = block.get_submodule(linear_name)
             if not isinstance(linear, nn.Linear):
                 raise TypeError(f"{name}.{linear_name} is a {type(linear).__name__}, not nn.Linear")
@@ -98,11 +102,17 @@ def _install_block(
             norm = block.get_submodule(group.norm)
             replace_module(block, group.norm, QuantizedNorm.empty_like(norm, spec))
     _install_mlp(block, name, family, plan)
-    if scheme.quantizes_cache or Site.QK_HEAD in plan.sites:
+    cache = plan.scheme_of(f"{name}.{family.attention}")
+    if cache.quantizes_cache or Site.QK_HEAD in plan.sites:
         attention = block.get_submodule(family.attention)
         device = next(itertools.chain(block.parameters(), block.buffers())).device
         quantizer = KVQuantizer(
-            geometry.head_dim, scheme.k_bits, scheme.v_bits, transform=Site.QK_HEAD in plan.sites
+            geometry.head_dim,
+            cache.k_bits,
+            cache.v_bits,
+            transform=Site.QK_HEAD in plan.sites,
+            k_format=None if cache.keys.off or cache.keys.by_row else cache.keys,
+            v_format=None if cache.values.off or cache.values.by_row else cache.values,
         )
         attention.add_module("kv_quantizer", quantizer.to(device))
 
@@ -114,8 +124,12 @@ def _install_mlp(block: nn.Module, name: str, family: FamilySpec, plan: Quantiza
         replace_module(block, family.mlp, QuantizedMLP.from_module(mlp))
 
 
-def _factor_sizes(site: Site, geometry: Geometry) -> tuple[int, int]:
+def _factor_sizes(site: Site, geometry: Geometry, plan: QuantizationPlan) -> tuple[int, int]:
     """(n1, n2) of the online transform; 0 is a missing factor."""
+    if site not in plan.sites:
+        return 0, 0
+    if site in plan.splits:
+        return plan.splits[site]
     if site is Site.ATTN_OUT:
         return geometry.heads, 0
     return kronecker_split(geometry.width(site))

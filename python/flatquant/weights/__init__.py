@@ -6,6 +6,7 @@ from flatquant.weights.hessian import HessianCollector
 from flatquant.weights.hqq import Hqq
 from flatquant.weights.rtn import Rtn
 from flatquant.weights.search import AwqClip, ClipSearch, MseClip
+from flatquant.weights.sparse import Magnitude, Pruned, Wanda
 
 WEIGHT_QUANTIZERS: dict[str, WeightQuantizer] = {
     "rtn": Rtn(),
@@ -16,6 +17,8 @@ WEIGHT_QUANTIZERS: dict[str, WeightQuantizer] = {
     "gptq-awq": Gptq(clip=AwqClip()),
     "ldlq": Ldlq(),
     "hqq": Hqq(),
+    "magnitude": Magnitude(),
+    "wanda": Wanda(),
 }
 """Names for the settings that papers and the command line ask for; any other value will do too."""
 
@@ -41,9 +44,12 @@ __all__ = [
     "HessianCollector",
     "Hqq",
     "Ldlq",
+    "Magnitude",
     "MseClip",
+    "Pruned",
     "QuantizedWeight",
     "Rtn",
+    "Wanda",
     "WeightQuantizer",
     "WeightTask",
     "weight_quantizer",

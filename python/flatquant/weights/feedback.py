@@ -132,7 +132,7 @@ class _Columns:
     """State of the loop, transposed, so that a column of the weight is contiguous: [in, out]."""
 
     def __init__(self, task: WeightTask, grid: Grid, order: Tensor, dtype: torch.dtype) -> None:
-        self.bits, self.symmetric = grid.bits, grid.symmetric
+        self.format = grid.format
         self.weight = task.weight.T[order].to(dtype)
         self.codes = torch.zeros_like(self.weight)
         self.errors = torch.zeros_like(self.weight)  # w − ŵ
@@ -144,7 +144,7 @@ class _Columns:
     def round(self, k: int, target: Tensor) -> Tensor:
         """Round column k to the code nearest `target` [out]; returns the new error."""
         g = self.group[k]
-        one = Grid(self.bits, self.symmetric, self.scale[g], self.zero[g])
+        one = Grid(self.format, self.scale[g], self.zero[g])
         code = one.codes(target.unsqueeze(-1))
         self.codes[k] = code[:, 0]
         return self.weight[k] - one.values(code)[:, 0]
@@ -154,7 +154,7 @@ class _Columns:
         codes = torch.empty_like(self.codes)
         codes[order] = self.codes
         scale, zero = self.scale.T.float().contiguous(), self.zero.T.float().contiguous()
-        return Grid(self.bits, self.symmetric, scale, zero).stored(codes.T, task, notes)
+        return Grid(self.format, scale, zero).stored(codes.T, task, notes)
 
 
 def _forward(
@@ -209,7 +209,9 @@ def _round_with_feedback(task: WeightTask, settings: Feedback) -> QuantizedWeigh
     if share != settings.damp:
         notes = (f"damping grew from {settings.damp:g} to {share:g} for a singular Hessian",)
     result = columns.result(task, order, notes)
-    for plain in (grid,) if settings.clip is None else (grid, fit_grid(task, None)):
+    # rows that share one scale cannot choose between two grids
+    one_grid = settings.clip is None or task.per_tensor
+    for plain in (grid,) if one_grid else (grid, fit_grid(task, None)):
         nearest = plain.stored(plain.codes(task.rows()), task)
         result = _best_rows(task, result, nearest, hessian)
     return result
@@ -225,9 +227,12 @@ class _MovingGrid:
         """now: [group, out], the group that starts at column `begin`."""
         task, end = self.task, begin + len(now)
         hessian = None if task.hessian is None else task.hessian[begin:end, begin:end]
-        part = replace(task, weight=now.T, hessian=hessian)
-        grid = fit_grid(part, self.search)
         index = begin // len(now)
+        clip = task.clip
+        if clip is not None and clip.dim() == 3:
+            clip = clip[..., min(index, clip.shape[2] - 1)]
+        part = replace(task, weight=now.T, hessian=hessian, clip=clip, top=task.largest)
+        grid = fit_grid(part, self.search)
         self.columns.scale[index] = grid.scale[:, 0].to(now.dtype)
         self.columns.zero[index] = grid.zero[:, 0].to(now.dtype)
 
@@ -255,6 +260,10 @@ def _best_rows(
     if ours.zero is not None and plain.zero is not None:
         zero = pick(ours.zero, plain.zero)
     note = f"{count} of {len(worse)} rows are rounded to nearest, which has less error there"
-    return QuantizedWeight(
-        pick(ours.codes, plain.codes), pick(ours.scale, plain.scale), zero, (*ours.notes, note)
+    return replace(
+        ours,
+        codes=pick(ours.codes, plain.codes),
+        scale=pick(ours.scale, plain.scale),
+        zero=zero,
+        notes=(*ours.notes, note),
     )

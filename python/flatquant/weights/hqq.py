@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from flatquant.formats.base import FLOAT32
 from flatquant.weights.base import QuantizedWeight, WeightQuantizer, WeightTask
 from flatquant.weights.grid import Grid
 from flatquant.weights.search import fit_grid
@@ -61,7 +62,16 @@ class Hqq(WeightQuantizer):
             )
 
     def quantize(self, task: WeightTask) -> QuantizedWeight:
-        """Codes nearest to the weights on the optimised grid."""
+        """Codes nearest to the weights on the optimised grid.
+
+        Raises:
+            ValueError: the format does not let every group choose its scale.
+        """
+        if task.per_tensor or task.format.scale != FLOAT32:
+            raise ValueError(
+                f"hqq: {task.name}: a scale of its own for every row or group is what HQQ "
+                "optimises; it takes no format with stored block scales and no scale per tensor"
+            )
         start = fit_grid(task, None)
         # float64: the error has plateaus, on which rounding noise would choose the iterate
         rows = task.weight.double().reshape(task.rows().shape)

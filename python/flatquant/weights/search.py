@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flatquant.formats.base import FLOAT32
 from flatquant.weights.base import WeightTask
 from flatquant.weights.grid import Grid
 
@@ -91,8 +92,10 @@ class _Best:
         self.error = self._error(ends)
 
     def _error(self, ends: Tensor) -> Tensor:
-        grid = Grid.between(ends, self.task.bits, self.task.symmetric)
-        return self.error_of(grid.values(grid.codes(self.rows)) - self.rows)
+        grid = Grid.between(ends, self.task)
+        error = self.error_of(grid.values(grid.codes(self.rows)) - self.rows)
+        # one grid for all rows has one error
+        return error.sum().expand(error.shape) if _shared(self.task) else error
 
     def offer(self, ends: Tensor) -> None:
         error = self._error(ends)
@@ -105,13 +108,20 @@ def ends_of(task: WeightTask) -> Tensor:
     """Extremes times the task's clip ratios: (max, −min), not negative, [2, out, groups]."""
     rows = task.rows()
     ends = torch.stack((rows.amax(-1).clamp_min(0), (-rows.amin(-1)).clamp_min(0)))
-    return ends if task.clip is None else ends * task.clip.float().unsqueeze(-1)
+    if task.clip is not None:
+        ends = ends * task.clip.float().reshape(2, ends.shape[1], -1)
+    return ends.amax((1, 2), keepdim=True).expand(ends.shape) if _shared(task) else ends
+
+
+def _shared(task: WeightTask) -> bool:
+    """Whether all rows have one scale, and not only one unit of scales."""
+    return task.per_tensor and task.format.scale == FLOAT32
 
 
 def fit_grid(task: WeightTask, search: ClipSearch | None) -> Grid:
     """The grid of a weight: its extremes and clip ratios, narrowed by a search."""
     ends = ends_of(task) if search is None else search.find(task)
-    return Grid.between(ends, task.bits, task.symmetric)
+    return Grid.between(ends, task)
 
 
 @dataclass(frozen=True, kw_only=True)
