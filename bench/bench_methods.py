@@ -22,12 +22,13 @@ from flatquant.integrations.gguf import find_packaged_gguf
 TOPIC = "methods"
 MODEL = "SmolLM2-135M"
 WEIGHT_AND_ACTIVATION = (
-    *("rtn", "rtn-mse", "gptq", "smoothquant", "os_plus", "awq", "quarot", "quarot+gptq"),
-    *("spinquant", "spinquant+gptq", "omniquant", "affinequant", "flatquant", "flatquant+gptq"),
+    *("rtn", "rtn+rtn-mse", "rtn+gptq", "smoothquant", "os_plus", "awq", "quarot", "quarot-gptq"),
+    *("spinquant", "spinquant-gptq", "omniquant", "affinequant", "quik"),
+    *("flatquant", "flatquant-gptq"),
 )
 WEIGHT_ONLY = (
-    *("rtn", "rtn-mse", "hqq", "gptq", "awq", "awq+gptq", "quarot", "quarot+gptq", "quip"),
-    *("omniquant", "flatquant"),
+    *("rtn", "rtn+rtn-mse", "rtn+hqq", "rtn+gptq", "owq", "awq", "awq-asym", "awq-gptq"),
+    *("quarot", "quarot-gptq", "quip", "wanda", "omniquant", "flatquant"),
 )
 CACHE_ONLY = ("rtn", "quarot", "flatquant")
 #: What is measured by default: scheme -> methods.
@@ -35,7 +36,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "W4A4KV4": WEIGHT_AND_ACTIVATION,
     "W4A8KV4": WEIGHT_AND_ACTIVATION,
     "W4A16": WEIGHT_ONLY,
-    "W3A16-g128": WEIGHT_ONLY,
+    "W3A16-g64": WEIGHT_ONLY,  # 576 channels do not divide by 128
     "KV4": CACHE_ONLY,
     "KV3": CACHE_ONLY,
     "KV2": CACHE_ONLY,

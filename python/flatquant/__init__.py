@@ -10,17 +10,21 @@ Importing this package also registers its checkpoints with transformers.
 
 from flatquant.capture import random_crops
 from flatquant.checkpoint import load, save
+from flatquant.deploy import quantize, replace_linear
 from flatquant.evaluate import perplexity
 from flatquant.fit import FitDivergedError
 from flatquant.integrations.hf import FlatQuantConfig  # registers the checkpoint format
 from flatquant.methods import METHODS
-from flatquant.pipeline import calibrate, quantize, replace_linear
+from flatquant.offload import open_model
+from flatquant.pipeline import calibrate
 from flatquant.plan import QuantizationPlan
 from flatquant.recipe import FitConfig, Recipe, ScaleConfig
 from flatquant.report import QuantizationReport, report
 from flatquant.result import CalibrationResult
 from flatquant.runtime.stack import fast_path
 from flatquant.scheme import Scheme
+from flatquant.sensitivity import measure_sensitivity, mixed_precision
+from flatquant.shortening import block_influence, shortgpt
 from flatquant.surgery import fake_quantized
 
 __version__ = "0.1.0"
@@ -36,14 +40,19 @@ __all__ = [
     "Recipe",
     "ScaleConfig",
     "Scheme",
+    "block_influence",
     "calibrate",
     "fake_quantized",
     "fast_path",
     "load",
+    "measure_sensitivity",
+    "mixed_precision",
+    "open_model",
     "perplexity",
     "quantize",
     "random_crops",
     "replace_linear",
     "report",
     "save",
+    "shortgpt",
 ]

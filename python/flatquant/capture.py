@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -79,9 +79,17 @@ class BlockRunner:
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """hidden: [batch, tokens, hidden] -> same."""
-        out = block(hidden, **self.kwargs)
-        result: Tensor = out[0] if isinstance(out, tuple) else out
-        return result
+        return _first(block(hidden, **self.kwargs))
+
+    def to(self, device: torch.device) -> BlockRunner:
+        """The same for blocks on another device."""
+        return BlockRunner({key: _moved(value, device) for key, value in self.kwargs.items()})
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_moved(item, device) for item in value)
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 @torch.no_grad()
@@ -97,7 +105,8 @@ def first_block_inputs(
     blocks = getattr(parent, child)
     recorder = _Recorder()
     decoder = model.get_submodule(family.decoder)
-    device = next(model.parameters()).device
+    # blocks may be on the meta device, and a quantized embedding has no parameter
+    device = next(p.device for p in model.parameters() if not p.is_meta)
     setattr(parent, child, nn.ModuleList([recorder]))
     try:
         for part in tokens.split(batch_size):
@@ -124,10 +133,53 @@ def _one_row(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """Extrema and power of the inputs of a linear, per channel, float32."""
+    """Extrema, mean size and power of the inputs of a linear, per channel, float32."""
 
     largest: Tensor
+    mean_size: Tensor
     mean_square: Tensor
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module: its arguments, and its result (the first one of a tuple)."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    output: Tensor
+
+    def repeat(self, module: nn.Module) -> Tensor:
+        """What `module` gives for the same arguments."""
+        return _first(module(*self.args, **self.kwargs))
+
+
+def _first(result: Any) -> Tensor:
+    output: Tensor = result[0] if isinstance(result, tuple) else result
+    return output
+
+
+@contextmanager
+def recording(root: nn.Module, names: Collection[str]) -> Iterator[dict[str, list[Call]]]:
+    """Keep every call of the named modules for as long as the context lasts."""
+    calls: dict[str, list[Call]] = {name: [] for name in names}
+    handles = []
+    for name, kept in calls.items():
+
+        def hook(
+            module: nn.Module,
+            args: tuple[Any, ...],
+            kwargs: dict[str, Any],
+            result: Any,
+            kept: list[Call] = kept,
+        ) -> None:
+            kept.append(Call(args, kwargs, _first(result)))
+
+        handles.append(root.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -152,19 +204,23 @@ class StatisticsCollector:
 
     def __init__(self) -> None:
         self._largest: Tensor | None = None
+        self._size: Tensor | None = None
         self._square: Tensor | None = None
         self._count = 0
 
     def __call__(self, x: Tensor) -> None:
         """x: [..., channels]."""
         rows = x.detach().reshape(-1, x.shape[-1]).float()
-        largest, square = rows.abs().amax(0), rows.square().sum(0)
+        sizes, square = rows.abs(), rows.square().sum(0)
+        largest, size = sizes.amax(0), sizes.sum(0)
         self._largest = largest if self._largest is None else torch.maximum(self._largest, largest)
+        self._size = size if self._size is None else self._size + size
         self._square = square if self._square is None else self._square + square
         self._count += rows.shape[0]
 
     def result(self) -> InputStatistics:
         """What was seen."""
-        if self._largest is None or self._square is None:
+        if self._largest is None or self._size is None or self._square is None:
             raise RuntimeError("no input was seen")
-        return InputStatistics(self._largest, self._square / self._count)
+        count = self._count
+        return InputStatistics(self._largest, self._size / count, self._square / count)

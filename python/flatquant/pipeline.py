@@ -1,13 +1,13 @@
-"""The whole story: text in, calibrated blocks out; then surgery."""
+"""The whole story of a calibration: text in, finished blocks out."""
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +18,34 @@ from transformers import PreTrainedModel
 
 from flatquant.capture import (
     BlockRunner,
-    InputStatistics,
-    StatisticsCollector,
     check_tokens,
     first_block_inputs,
-    watching,
 )
-from flatquant.checkpoint import attach
-from flatquant.fit.block import FitLog, fit_block, forward_fit
-from flatquant.fit.modules import BlockFit, FitContext
+from flatquant.fit.block import FitLog, fit_block
+from flatquant.fit.clips import start_clips
+from flatquant.fit.columns import choose_columns
+from flatquant.fit.end_to_end import LearnedRotations, learn_rotations
+from flatquant.fit.hessians import hessians
+from flatquant.fit.modules import AFTER_ROUNDING, BEFORE_ROUNDING, BlockFit, FitContext
 from flatquant.fit.precision import amp_pays
-from flatquant.merge import HessianOf, merge_block
+from flatquant.fit.residual import Residual, start_residual
+from flatquant.fit.scales import set_scales
+from flatquant.fit.spans import find_spans
+from flatquant.merge import merge_block, norm_weights
 from flatquant.methods import resolve
-from flatquant.models import Site, family_of
+from flatquant.models import family_of
 from flatquant.models.spec import check_weights
+from flatquant.offload import float_block, shards_of
 from flatquant.plan import QuantizationPlan
 from flatquant.recipe import Recipe
-from flatquant.report import report
-from flatquant.result import CalibrationResult
+from flatquant.result import CalibrationResult, StoredBlocks
 from flatquant.runtime.attention import register
 from flatquant.runtime.cache import ATTENTION
 from flatquant.scheme import Scheme
+from flatquant.states import Stream, quantized_block
 from flatquant.surgery import block_names
-from flatquant.weights import HessianCollector, WeightQuantizer
+from flatquant.transforms import online_splits
+from flatquant.weights import WeightQuantizer
 from flatquant.work_dir import WorkDir, fingerprint
 
 _log = logging.getLogger("flatquant")
@@ -56,6 +61,7 @@ def calibrate(
     weights: str | WeightQuantizer | None = None,
     seed: int = 0,
     ignore: str | tuple[str, ...] = ("lm_head",),
+    device: str | torch.device | None = None,
     work_dir: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -63,8 +69,11 @@ def calibrate(
     """Fit a method to a model, block by block; the model itself is not changed.
 
     Every block is fitted to its own floating-point output on the floating-point output of the
-    block before it (FlatQuant, section 3.2), merged in float64 and rounded. Memory beyond the
-    model: one block in float32, and the hidden states of the calibration text twice.
+    block before it (FlatQuant, section 3.2), or on what the quantized blocks before it give
+    (`FitConfig.inputs`), merged in float64 and rounded. Memory beyond the model: one block in
+    float32, and the hidden states of the calibration text twice, with quantized inputs four
+    times. With `work_dir` finished blocks are on disk only, and with `flatquant.open_model` the
+    model's own are, too: then nothing grows with the number of blocks.
 
     Args:
         model: a Hugging Face causal LM of a known family, on any device, any float dtype.
@@ -76,7 +85,9 @@ def calibrate(
             value (`flatquant.weights.Gptq(...)`).
         seed: of transforms' start values.
         ignore: linears to leave alone, by full name, or "re:pattern".
-        work_dir: folder that keeps every finished block.
+        device: where blocks are fitted, one at a time, and hidden states are kept; None: where
+            the model's embedding is. The model itself may be elsewhere.
+        work_dir: folder that keeps every finished block, and with it the result.
         resume: continue from the blocks in `work_dir`; the result is bit-identical to an
             uninterrupted run on the same machine, thread count and library versions.
         progress: show a bar with the time left.
@@ -90,84 +101,140 @@ def calibrate(
     family = family_of(model.config)
     names = block_names(model, family)
     for name in names:
-        check_weights(model.get_submodule(name), family, name)
+        check_weights(float_block(model, name, copied=False), family, name)
+    geometry = family.geometry(model.config)
     plan = QuantizationPlan(
         scheme=recipe.scheme,
         sites=frozenset(recipe.transforms),
+        splits=online_splits(recipe.transforms, geometry),
         ignore=(ignore,) if isinstance(ignore, str) else tuple(ignore),
         method=recipe.method,
     )
     _check_ignored(model, plan)
-    device = next(model.parameters()).device
+    device = model.get_input_embeddings().weight.device if device is None else torch.device(device)
     context = FitContext(
         recipe=recipe,
         plan=plan,
         family=family,
-        geometry=family.geometry(model.config),
+        geometry=geometry,
         amp=amp_pays(recipe.fit.amp, device),
     )
+    residual = start_residual(
+        recipe, family, geometry, Generator().manual_seed(seed * 1_000_003 + len(names))
+    ).to(device)
     wide = torch.promote_types(model.dtype, torch.float32)
-    with _attention(model):
-        run, hidden = None, None
+    with _attention(model), torch.enable_grad():  # the caller may have it switched off
+        stream = None
         if recipe.needs_data:
             vocabulary = model.get_input_embeddings().weight.shape[0]
             tokens = check_tokens(calibration, vocabulary, f"method {recipe.method!r}")
             hidden, run = first_block_inputs(model, family, tokens, recipe.fit.batch_size)
+            hidden, run = hidden.to(device), run.to(device)
         store = WorkDir(work_dir, resume, fingerprint(model, recipe, plan, seed, calibration))
         results: list[Mapping[str, Tensor]] = []
         log: list[Mapping[str, Any]] = []
         with _bar(len(names), recipe, progress) as bar:
+            if recipe.needs_data:
+                if recipe.end_to_end is not None:
+                    _check_resident(model, recipe)
+                    learned = _rotations(
+                        model, context, residual, run, tokens, hidden, seed, store, bar
+                    )
+                    residual, context = learned.place(residual, context)
+                stream = Stream(run, residual.enter(hidden), recipe.fit)
             for index, name in enumerate(names):
-                block = copy.deepcopy(model.get_submodule(name)).to(wide).eval()
+                block = float_block(model, name).to(device, wide).eval()
                 block.requires_grad_(False)
-                targets = None if hidden is None or run is None else _targets(run, block, hidden)
+                residual.rotate(block)
                 done = store.load(index)
                 if done is None:
                     generator = Generator().manual_seed(seed * 1_000_003 + index)
                     fit = BlockFit(block, name, context, generator).to(device)
-                    tensors, entry = _block(block, fit, run, hidden, targets, model.dtype, bar)
+                    depth = index / len(names)
+                    tensors, entry = _block(block, fit, stream, depth, model.dtype, bar)
+                    tensors |= residual.unquantized(block, tensors, model.get_submodule(name))
                     store.save(index, tensors, entry)
                 else:
                     tensors, entry = done
                     bar.update(max(recipe.fit.epochs, 1))
-                results.append({key: value.cpu() for key, value in tensors.items()})
+                if store.folder is None:
+                    results.append({key: value.cpu() for key, value in tensors.items()})
                 log.append(entry)
-                hidden = targets
-    return CalibrationResult(plan=plan, blocks=tuple(results), log=tuple(log))
+                plan = plan.keeping(name, family, tensors)
+                if stream is not None:
+                    deploy = partial(quantized_block, block, name, context, tensors)
+                    stream.move_on(block, deploy)
+    blocks = tuple(results) if store.folder is None else StoredBlocks(store.folder, len(names))
+    outer = residual.to(model.get_input_embeddings().weight.device).outer(model)
+    return CalibrationResult(plan=plan, blocks=blocks, log=tuple(log), outer=outer)
 
 
 def _block(
     block: nn.Module,
     fit: BlockFit,
-    run: BlockRunner | None,
-    hidden: Tensor | None,
-    targets: Tensor | None,
+    stream: Stream | None,
+    depth: float,
     dtype: torch.dtype,
     bar: Any,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Fit and merge one block."""
+    """Fit and merge one block; `depth` of it in the model, from 0 to below 1."""
     recipe = fit.context.recipe
-    if run is None or hidden is None or targets is None:
+    if stream is None:
         bar.update(1)
         return merge_block(fit, dtype=dtype, hessian_of=None, on_note=_log.info), {
             "block": fit.name
         }
-    if recipe.scales:
-        fit.start_scales(_statistics(block, fit, run, hidden))
+    run, hidden, targets = stream.run, stream.inputs, stream.targets(block)
+    notes = set_scales(block, fit, run, hidden)
+    start_clips(block, fit, run, hidden)
+    choose_columns(block, fit, run, hidden)
 
     def on_epoch(epoch: int, error: float) -> None:
         bar.set_postfix_str(f"{fit.name} mse {error:.3g}", refresh=False)
         bar.update(1)
 
-    log = fit_block(block, fit, run, hidden, targets, recipe.fit, on_epoch)
+    def fitted(kinds: tuple[str, ...]) -> FitLog:
+        return fit_block(
+            block, fit, run, hidden, targets, recipe.fit, on_epoch, kinds=kinds, depth=depth
+        )
+
+    log = fitted(BEFORE_ROUNDING)
+    find_spans(block, fit, run, hidden)
     hessian_of = None
     if recipe.rounding.needs_hessian:
-        hessian_of = _hessians(block, fit, run, hidden)
-    notes: list[str] = []
+        hessian_of = hessians(block, fit, run, hidden)
     tensors = merge_block(fit, dtype=dtype, hessian_of=hessian_of, on_note=notes.append)
+    if recipe.tweak_norms:
+        log = fitted(AFTER_ROUNDING)
+        tensors.update(norm_weights(fit, model_dtype=dtype))
     for note in notes:
         _log.info(note)
     return tensors, {"block": fit.name, **_json(log), **({"notes": notes} if notes else {})}
+
+
+def _rotations(
+    model: PreTrainedModel,
+    context: FitContext,
+    residual: Residual,
+    run: BlockRunner,
+    tokens: Tensor,
+    hidden: Tensor,
+    seed: int,
+    store: WorkDir,
+    bar: Any,
+) -> LearnedRotations:
+    """Learn rotations through the whole model, or read those that an earlier call has learned."""
+    done = store.load_rotations()
+    if done is not None:
+        return LearnedRotations.from_tensors(*done).to(hidden.device)
+
+    def on_step(step: int, loss: float) -> None:
+        bar.set_postfix_str(f"rotations, step {step}: loss {loss:.4g}")
+
+    learned = learn_rotations(model, context, residual, run, tokens, hidden, seed, on_step)
+    store.save_rotations(learned.tensors(), learned.entry())
+    _log.info("rotations: %s", learned)
+    return learned
 
 
 def _json(log: FitLog) -> dict[str, float | None]:
@@ -175,54 +242,12 @@ def _json(log: FitLog) -> dict[str, float | None]:
     return {key: value if value == value else None for key, value in values.items()}
 
 
-@torch.no_grad()
-def _targets(run: BlockRunner, block: nn.Module, hidden: Tensor) -> Tensor:
-    """FP output of the block, one sample at a time so that it does not depend on batching."""
-    return torch.cat([run(block, part) for part in hidden.split(1)])
-
-
-@torch.no_grad()
-def _statistics(
-    block: nn.Module, fit: BlockFit, run: BlockRunner, hidden: Tensor
-) -> dict[Site, InputStatistics]:
-    """Statistics of the FP inputs of every site that has a scale."""
-    family = fit.context.family
-    collectors = {site: StatisticsCollector() for site in fit.context.recipe.scales}
-    watched = {family.group(site).linears[0]: see for site, see in collectors.items()}
-    with watching(block, watched):
-        for part in hidden.split(1):
-            run(block, part)
-    return {site: collector.result() for site, collector in collectors.items()}
-
-
-def _hessians(block: nn.Module, fit: BlockFit, run: BlockRunner, hidden: Tensor) -> HessianOf:
-    """Hessians in the order of the forward pass: earlier groups are already rounded."""
-    family = fit.context.family
-    cache: dict[str, Tensor] = {}
-
-    @torch.no_grad()
-    def hessian_of(name: str) -> Tensor:
-        group = next(g for g in family.groups if name in g.linears)
-        if group.site.value not in cache:
-            collector = HessianCollector()
-            linear = fit.linears[group.linears[0]]
-            shared = linear.group
-
-            def see(x: Tensor) -> None:
-                x = x.to(linear.weight.dtype)
-                collector(shared.activation(x) if linear.online else x)
-
-            # the stand-in is in the block only during the forward pass, so it is watched itself
-            with watching(nn.ModuleDict({"linear": linear}), {"linear": see}):
-                for part in hidden.split(fit.context.recipe.fit.batch_size):
-                    forward_fit(block, fit, run, part, family.attention)
-            if collector.hessian is None:
-                raise RuntimeError(f"{name}: no input was seen")
-            cache.clear()  # groups come one after the other: one K² at a time
-            cache[group.site.value] = collector.hessian
-        return cache[group.site.value]
-
-    return hessian_of
+def _check_resident(model: PreTrainedModel, recipe: Recipe) -> None:
+    if shards_of(model) is not None:
+        raise ValueError(
+            f"method {recipe.method!r} learns through all blocks at once: open_model leaves them "
+            "on disk; load the model with from_pretrained"
+        )
 
 
 def _check_ignored(model: nn.Module, plan: QuantizationPlan) -> None:
@@ -265,83 +290,3 @@ def _bar(blocks: int, recipe: Recipe, progress: bool) -> Iterator[Any]:
         smoothing=0.05,
     ) as bar:
         yield bar
-
-
-DATA_FREE = {"identity": "rtn", "hadamard": "hadamard", "random": "random"}
-"""Transforms that `replace_linear` can make without calibration text -> method."""
-
-
-def replace_linear(
-    model: PreTrainedModel,
-    scheme: str | Scheme = "W4A4",
-    *,
-    transform: str | CalibrationResult = "hadamard",
-    ignore: str | tuple[str, ...] = ("lm_head",),
-    seed: int = 0,
-) -> PreTrainedModel:
-    """Replace the decoder's linears by integer ones, in place; returns the model.
-
-    What was replaced, what was left alone and why is logged (logger "flatquant", level INFO);
-    `flatquant.report` says it at any time.
-
-    Args:
-        model: a Hugging Face causal LM of a known family.
-        scheme: what to quantize; ignored in favour of the result's own where one is given.
-        transform: "identity", "hadamard" or "random" (orthogonal) for round-to-nearest without
-            calibration text, or the `CalibrationResult` to install.
-        ignore: linears to leave alone, by full name, or "re:pattern".
-        seed: of random transforms.
-
-    Raises:
-        ValueError: unknown transform or family, a model that is quantized already, a result
-            that was made from another model.
-    """
-    if isinstance(transform, CalibrationResult):
-        result = transform
-    elif transform in DATA_FREE:
-        result = calibrate(
-            model, DATA_FREE[transform], scheme, seed=seed, ignore=ignore, progress=False
-        )
-    else:
-        raise ValueError(
-            f"replace_linear: transform={transform!r} must be one of {list(DATA_FREE)} or a "
-            "CalibrationResult"
-        )
-    result.apply(model)
-    attach(model)
-    _log.info("%s", report(model))
-    return model
-
-
-def quantize(
-    model: PreTrainedModel,
-    method: str | Recipe = "flatquant",
-    scheme: str | Scheme = "W4A4KV4",
-    calibration: Tensor | None = None,
-    *,
-    epochs: int | None = None,
-    weights: str | WeightQuantizer | None = None,
-    seed: int = 0,
-    ignore: str | tuple[str, ...] = ("lm_head",),
-    work_dir: str | Path | None = None,
-    resume: bool = False,
-    progress: bool = True,
-) -> PreTrainedModel:
-    """`calibrate`, then `replace_linear` with its result: in place, returns the model.
-
-    Arguments and errors are those of `calibrate`.
-    """
-    result = calibrate(
-        model,
-        method,
-        scheme,
-        calibration,
-        epochs=epochs,
-        weights=weights,
-        seed=seed,
-        ignore=ignore,
-        work_dir=work_dir,
-        resume=resume,
-        progress=progress,
-    )
-    return replace_linear(model, transform=result)

@@ -9,16 +9,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
 
+from flatquant.offload import parameters
 from flatquant.plan import FORMAT_VERSION, QuantizationPlan
 from flatquant.recipe import Recipe
-from flatquant.result import block_file
+from flatquant.result import block_file, write_block
+
+_ROTATIONS = "rotations.safetensors"
 
 
 def fingerprint(
-    model: nn.Module,
+    model: PreTrainedModel,
     recipe: Recipe,
     plan: QuantizationPlan,
     seed: int,
@@ -26,7 +30,7 @@ def fingerprint(
 ) -> dict[str, Any]:
     """What must be the same for finished blocks to be reused."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters(model):
         digest.update(name.encode())
         digest.update(str((parameter.dtype, tuple(parameter.shape))).encode())
         sample = parameter.detach().flatten()[:: max(parameter.numel() // 1024, 1)]
@@ -84,26 +88,38 @@ class WorkDir:
 
     def load(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The finished block, or None."""
+        return self._read(block_file(index))
+
+    def save(self, index: int, tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> None:
+        """Write a block so that a kill leaves either all of it or nothing."""
+        self._write(block_file(index), tensors, entry)
+
+    def load_rotations(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The rotations that were learned before the first block, or None."""
+        return self._read(_ROTATIONS)
+
+    def save_rotations(self, tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> None:
+        """Write them as `save` does a block."""
+        self._write(_ROTATIONS, tensors, entry)
+
+    def _read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         if self.folder is None or not self.resume:
             return None
-        file = self.folder / block_file(index)
+        file = self.folder / name
         log = file.with_suffix(".json")
         if not (file.exists() and log.exists()):
             return None
         try:
             return load_file(file), json.loads(log.read_text())
         except Exception as error:
-            warnings.warn(f"{file.name} is unreadable ({error}); fitting it again", stacklevel=2)
+            warnings.warn(f"{file.name} is unreadable ({error}); fitting it again", stacklevel=3)
             return None
 
-    def save(self, index: int, tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> None:
-        """Write a block so that a kill leaves either all of it or nothing."""
+    def _write(self, name: str, tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> None:
         if self.folder is None:
             return
-        file = self.folder / block_file(index)
-        partial = file.with_suffix(".partial")
-        save_file({key: value.cpu() for key, value in tensors.items()}, partial)
-        partial.replace(file)
+        file = self.folder / name
+        write_block(file, tensors)
         log = file.with_suffix(".json")
         log.with_suffix(".json-partial").write_text(json.dumps(dict(entry)))
         log.with_suffix(".json-partial").replace(log)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 import flatquant
 from flatquant.models import FAMILIES, Site
 from flatquant.transforms import TRANSFORMS
+from flatquant.transforms.rotation import ROTATIONS
 
 from .conftest import build_tiny_model
 
@@ -24,6 +26,7 @@ MODELS = [
     for bias in (False, True)
     if not (bias and family == "mistral")
 ]
+BLOCK_SITES = [site for site in Site if site is not Site.RESIDUAL]
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +51,7 @@ class _Norm64(nn.Module):
 
 def in_float64(model: PreTrainedModel) -> PreTrainedModel:
     model = model.double()
+    model.model.norm = _Norm64(model.model.norm)
     for layer in model.model.layers:
         for name in ("input_layernorm", "post_attention_layernorm"):
             setattr(layer, name, _Norm64(getattr(layer, name)))
@@ -65,13 +69,13 @@ def logits(model: nn.Module, tokens: Tensor) -> Tensor:
 def test_transforms_leave_logits_unchanged(
     family: str, gqa: bool, bias: bool, kind: str, token_ids: Tensor
 ) -> None:
-    """Law 1: every transform at every site, scales, no quantizer: float64, 1e-9 relative."""
+    """Law 1: every transform at every site of a block, scales, no quantizer: 1e-9 relative."""
     model = in_float64(build_tiny_model(family, gqa, bias))
     before = logits(model, token_ids)
     recipe = flatquant.Recipe(
         method="law",
         scheme=flatquant.Scheme(),
-        transforms=dict.fromkeys(Site, kind),
+        transforms=dict.fromkeys(BLOCK_SITES, kind),
         scales=dict.fromkeys(
             (Site.ATTN_IN, Site.MLP_IN, Site.MLP_OUT), flatquant.ScaleConfig(start="smooth")
         ),
@@ -80,6 +84,34 @@ def test_transforms_leave_logits_unchanged(
     flatquant.quantize(model, recipe, flatquant.Scheme(), CALIBRATION, progress=False)
     after = logits(model, token_ids)
     assert float((after - before).norm() / before.norm()) < 1e-9
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("kind", list(ROTATIONS))
+@pytest.mark.parametrize(("family", "gqa", "bias"), MODELS)
+def test_rotations_of_the_residual_stream_leave_logits_unchanged(
+    family: str, gqa: bool, bias: bool, kind: str, tied: bool, token_ids: Tensor
+) -> None:
+    """Law 1 for the whole model, alone and with scales and transforms within the blocks."""
+    model = in_float64(build_tiny_model(family, gqa, bias, tie_word_embeddings=tied))
+    before = logits(model, token_ids)
+    for within in ({}, dict.fromkeys(BLOCK_SITES, "kronecker-svd")):
+        recipe = flatquant.Recipe(
+            method="law",
+            scheme=flatquant.Scheme(),
+            transforms={**within, Site.RESIDUAL: kind},
+            scales=dict.fromkeys(
+                [site for site in (Site.ATTN_IN, Site.MLP_OUT) if site in within],
+                flatquant.ScaleConfig(start="smooth"),
+            ),
+            fit=flatquant.FitConfig(epochs=1, lr=0.05, amp="off"),
+        )
+        turned = copy.deepcopy(model)
+        flatquant.quantize(turned, recipe, flatquant.Scheme(), CALIBRATION, progress=False)
+        after = logits(turned, token_ids)
+        assert float((after - before).norm() / before.norm()) < 1e-9
+        rows = [found.get_input_embeddings().weight.detach() for found in (turned, model)]
+        assert float((rows[0] - rows[1]).norm()) > 1
 
 
 SCHEMES = ("W4A4KV4", "W4A4KV4-asym", "W4A8KV4", "W3A4K4V2", "W4A6", "W2A8KV8")

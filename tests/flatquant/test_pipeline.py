@@ -70,11 +70,11 @@ def test_resume_equals_no_interruption(tmp_path: Path, monkeypatch: pytest.Monke
     fit_block = pipeline.fit_block
     calls = []
 
-    def killed(block, fit, *rest):  # type: ignore[no-untyped-def]
+    def killed(block, fit, *rest, **options):  # type: ignore[no-untyped-def]
         calls.append(fit.name)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return fit_block(block, fit, *rest)
+        return fit_block(block, fit, *rest, **options)
 
     monkeypatch.setattr(pipeline, "fit_block", killed)
     with pytest.raises(KeyboardInterrupt):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from flatquant.capture import BlockRunner
-from flatquant.fit.modules import BlockFit
+from flatquant.fit.modules import BEFORE_ROUNDING, BlockFit
 from flatquant.recipe import FitConfig
 from flatquant.surgery import swapped
 
@@ -25,7 +25,7 @@ class FitLog:
     """What fitting one block did.
 
     Attributes:
-        start: mean squared error of the block output over the first epoch.
+        start: error of the block output over the first epoch, as `FitConfig.loss` counts it.
         end: the same over the last one.
         seconds: wall time.
     """
@@ -36,11 +36,32 @@ class FitLog:
 
 
 def learning_rate(step: int, total: int, peak: float, config: FitConfig) -> float:
-    """Cosine from `peak` to `min_lr` over all steps, after an optional linear warm-up."""
+    """Cosine from `peak` to `min_lr` over all steps, or `peak`, after an optional warm-up."""
     if step < config.warmup_steps:
         return peak * (0.01 + 0.99 * step / config.warmup_steps)
+    if config.schedule == "constant":
+        return peak
     cosine = (1 + math.cos(math.pi * step / max(total, 1))) / 2
     return config.min_lr + (peak - config.min_lr) * cosine
+
+
+def _mean_squared(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target).square().mean()
+
+
+def _moments(output: Tensor, target: Tensor) -> Tensor:
+    """Mean over the channels of |μ − μ'| + |σ² − σ'²|, the moments taken over all tokens."""
+    rows, wanted = (x.reshape(-1, x.shape[-1]) for x in (output, target))
+    means = (rows.mean(0) - wanted.mean(0)).abs()
+    variances = (rows.var(0, correction=0) - wanted.var(0, correction=0)).abs()
+    return (means + variances).mean()
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mse": _mean_squared,
+    "moments": _moments,
+}
+"""Errors of (output, target), both [batch, tokens, hidden], by their names in `FitConfig.loss`."""
 
 
 def forward_fit(
@@ -66,8 +87,11 @@ def fit_block(
     targets: Tensor,
     config: FitConfig,
     on_epoch: Callable[[int, float], None],
+    *,
+    kinds: Sequence[str] = BEFORE_ROUNDING,
+    depth: float = 0.0,
 ) -> FitLog:
-    """Minimise the mean squared error between the quantized block's output and `targets`.
+    """Minimise the error between the quantized block's output and `targets`.
 
     The loss is divided by its own detached value, i.e. the gradient is that of log MSE, so one
     learning rate serves blocks whose errors differ by orders of magnitude (the authors' code).
@@ -79,16 +103,19 @@ def fit_block(
         inputs, targets: [samples, tokens, hidden] float32.
         config: epochs, rates, batch size.
         on_epoch: called with the epoch and its mean error.
+        kinds: of parameters that may change.
+        depth: of the block in the model, for `FitConfig.lr_growth`.
 
     Raises:
         FitDivergedError: naming block, epoch and remedy.
     """
     began = time.monotonic()
-    peaks = {"transforms": config.lr, "scales": config.scale_lr, "clips": config.clip_lr}
+    peaks = {"scales": config.scale_lr, "clips": config.clip_lr}
+    growth = 1 + config.lr_growth * depth
     groups = [
-        {"params": params, "peak": peaks[kind]}
+        {"params": params, "peak": peaks.get(kind, config.lr) * growth}
         for kind, params in fit.parameter_groups().items()
-        if params
+        if params and kind in kinds
     ]
     if not groups or config.epochs == 0:
         return FitLog(start=math.nan, end=math.nan, seconds=0.0)
@@ -97,17 +124,19 @@ def fit_block(
     batches = list(zip(inputs.split(size), targets.split(size), strict=True))
     total = config.epochs * math.ceil(len(batches) / config.accumulate)
     attention = fit.context.family.attention
+    error_of = LOSSES[config.loss]
     start, mean, step = math.nan, math.nan, 0
     for epoch in range(config.epochs):
         losses: list[float] = []
+        fit.advance(epoch / max(config.epochs - 1, 1))
         for index, (hidden, target) in enumerate(batches):
             if index % config.accumulate == 0:
                 optimizer.zero_grad(set_to_none=True)
             try:
                 output = forward_fit(block, fit, run, hidden, attention)
             except torch.linalg.LinAlgError as error:
-                raise _diverged(fit.name, epoch, "the Cayley map met a singular matrix") from error
-            loss = (output.to(target.dtype) - target).square().mean()
+                raise _diverged(fit.name, epoch, "a transform became singular") from error
+            loss = error_of(output.to(target.dtype), target)
             value = loss.item()
             if not math.isfinite(value):
                 raise _diverged(fit.name, epoch, f"the loss is {value}")

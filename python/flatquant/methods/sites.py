@@ -6,7 +6,9 @@ from flatquant.models.spec import Site
 from flatquant.scheme import Scheme
 
 KRONECKER_SITES = (Site.ATTN_IN, Site.ATTN_OUT, Site.MLP_IN, Site.MLP_OUT, Site.V_HEAD)
-SCALED_SITES = (Site.ATTN_IN, Site.MLP_IN, Site.MLP_OUT)
+NORM_SITES = (Site.ATTN_IN, Site.MLP_IN)
+SCALED_SITES = (*NORM_SITES, Site.MLP_OUT)
+LET_SITES = (Site.ATTN_IN, Site.ATTN_OUT, Site.MLP_IN)
 
 
 def everywhere(scheme: Scheme, kind: str) -> dict[Site, str]:

@@ -14,7 +14,7 @@ LLAMA = FamilySpec(
             linears=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
             norm="input_layernorm",
         ),
-        Group(site=Site.ATTN_OUT, linears=("self_attn.o_proj",)),
+        Group(site=Site.ATTN_OUT, linears=("self_attn.o_proj",), scaled_by="self_attn.v_proj"),
         Group(
             site=Site.MLP_IN,
             linears=("mlp.gate_proj", "mlp.up_proj"),

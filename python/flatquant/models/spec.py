@@ -17,6 +17,8 @@ class Site(str, Enum):
     ======== ===================== ============================ =======================
     site     transforms            online                       inverse goes to
     ======== ===================== ============================ =======================
+    RESIDUAL the residual stream   no: merged in the embedding, W_q, W_k, W_v, W_gate,
+                                   W_o and W_down (R1)          W_up and the head
     ATTN_IN  output of input norm  P_a, Kronecker               W_q, W_k, W_v
     QK_HEAD  K and Q after RoPE    P_h on K, its inverse on Q   cancels in q·k
     V_HEAD   output of v_proj      no: merged in W_v (P_v)      W_o, right factor
@@ -24,8 +26,12 @@ class Site(str, Enum):
     MLP_IN   output of second norm P_ug, Kronecker              W_gate, W_up
     MLP_OUT  silu(gate)·up         P_d, Kronecker               W_down
     ======== ===================== ============================ =======================
+
+    RESIDUAL belongs to the whole model and must be orthogonal, or the norms would not commute
+    with it (QuaRot, arXiv 2404.00456, section 4).
     """
 
+    RESIDUAL = "residual"
     ATTN_IN = "attn_in"
     QK_HEAD = "qk_head"
     V_HEAD = "v_head"
@@ -65,8 +71,8 @@ class Geometry:
     head_dim: int
 
     def width(self, site: Site) -> int:
-        """Number of input channels at a linear site."""
-        if site in (Site.ATTN_IN, Site.MLP_IN):
+        """Number of channels at a site; of one head at QK_HEAD and V_HEAD."""
+        if site in (Site.RESIDUAL, Site.ATTN_IN, Site.MLP_IN):
             return self.hidden
         if site is Site.ATTN_OUT:
             return self.heads * self.head_dim
@@ -87,6 +93,8 @@ class FamilySpec:
         mlp: the gated MLP, relative to a block.
         groups: the linears, by the input they share.
         query, key, value: the projections, relative to a block.
+        embedding, final_norm, head: what surrounds the blocks, relative to the model.
+        query_norm, key_norm: norms of every head's queries and keys before RoPE, if any.
     """
 
     name: str
@@ -98,6 +106,11 @@ class FamilySpec:
     query: str = "self_attn.q_proj"
     key: str = "self_attn.k_proj"
     value: str = "self_attn.v_proj"
+    embedding: str = "model.embed_tokens"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    query_norm: str | None = None
+    key_norm: str | None = None
 
     def group(self, site: Site) -> Group:
         """The group of linears that reads the input at `site`."""

@@ -39,6 +39,10 @@ class InvertibleMatrix(nn.Module, ABC):
     def pair(self) -> tuple[Tensor, Tensor]:
         """(P, P^-T), each [n, n], differentiable in the parameters."""
 
+    def advance(self, progress: float) -> None:
+        """Hear how far the fit is, from 0 in the first epoch to 1 in the last one."""
+        return  # most parametrisations do not care
+
 
 class Fixed(InvertibleMatrix):
     """An orthogonal matrix that is not learned; P^-T = P."""
@@ -102,8 +106,42 @@ class Direct(InvertibleMatrix):
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """(P, inverse(P)ᵀ)."""
-        inverse = torch.linalg.inv(self.matrix.to(torch.float64))
-        return self.matrix, inverse.mT.to(self.matrix.dtype)
+        return _with_inverse(self.matrix)
+
+
+class Gradual(InvertibleMatrix):
+    """P from a free matrix through a mask that widens with the epochs (AffineQuant, section 3.2).
+
+    It starts as the identity. The mask is 1 on the diagonal and `factor` within a band around
+    it, which is empty in the first epoch and is the whole matrix in the last one; a small factor
+    keeps P strictly diagonally dominant, so that it stays invertible (arXiv 2403.12544, theorem
+    1 and equation 6).
+    """
+
+    distance: Tensor
+    band: Tensor
+
+    def __init__(self, n: int, *, factor: float = 0.1) -> None:
+        super().__init__(n)
+        self.factor = factor
+        self.matrix = nn.Parameter(torch.eye(n))
+        index = torch.arange(n)
+        self.register_buffer("distance", (index[:, None] - index).abs())
+        self.register_buffer("band", torch.tensor(0))
+
+    def advance(self, progress: float) -> None:
+        """Let in the entries up to progress·(n − 1) away from the diagonal."""
+        self.band.fill_(int(progress * (self.n - 1)))
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """(P, inverse(P)ᵀ)."""
+        mask = (self.distance <= self.band).to(self.matrix.dtype) * self.factor
+        return _with_inverse(self.matrix * mask.fill_diagonal_(1.0))
+
+
+def _with_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    inverse = torch.linalg.inv(matrix.to(torch.float64))
+    return matrix, inverse.mT.to(matrix.dtype)
 
 
 def _hadamard_or_random(n: int, generator: Generator) -> Tensor:
@@ -122,11 +160,18 @@ def _hadamard(n: int, generator: Generator) -> InvertibleMatrix:
     return Fixed(matrix)
 
 
+def _randomised(n: int, generator: Generator) -> InvertibleMatrix:
+    signs = 2.0 * torch.randint(0, 2, (n, 1), generator=generator).double() - 1.0
+    return Fixed(signs * _hadamard(n, generator).pair()[0])
+
+
 MATRICES: dict[str, Callable[[int, Generator], InvertibleMatrix]] = {
     "svd": lambda n, g: SVD(_hadamard_or_random(n, g), g),
     "svd-cayley": lambda n, g: SVD(torch.eye(n), g, cayley_start=True),
     "direct": lambda n, g: Direct(random_orthogonal(n, g)),
+    "gradual": lambda n, g: Gradual(n),
     "hadamard": _hadamard,
+    "randomised-hadamard": _randomised,
     "random": lambda n, g: Fixed(random_orthogonal(n, g)),
 }
 """Parametrisations by name: (n, generator) -> matrix."""

@@ -1,4 +1,4 @@
-"""The learned per-channel scale c that precedes a transform (FlatQuant, section 3.2, PS)."""
+"""Per-channel scales: c in front of a transform (FlatQuant, section 3.2, PS), and that of keys."""
 
 from __future__ import annotations
 
@@ -9,17 +9,79 @@ from flatquant.recipe import ScaleConfig
 
 
 class ChannelScale(nn.Module):
-    """x → x·c, w → w/c. c is learned as log c unless `positive` is off."""
+    """x → x·c, w → w/c. c is learned as log c unless `positive` is off.
 
-    def __init__(self, start: Tensor, *, positive: bool) -> None:
+    Args:
+        start: c [channels], positive.
+        positive: hold log c.
+        learned: False: a buffer that no optimiser sees.
+        readers: heads of `head_dim` channels that read one produced head (grouped-query
+            attention); they share one c, which starts at the geometric mean of theirs.
+        head_dim: channels of a head; only read with `readers`.
+    """
+
+    value: Tensor
+
+    def __init__(
+        self,
+        start: Tensor,
+        *,
+        positive: bool,
+        learned: bool = True,
+        readers: int = 1,
+        head_dim: int = 1,
+    ) -> None:
         super().__init__()
-        self.positive = positive
+        self.positive, self.readers, self.head_dim = positive, readers, head_dim
         value = start.to(torch.float32)
-        self.value = nn.Parameter(torch.log(value) if positive else value.clone())
+        if readers > 1:
+            value = torch.log(value).reshape(-1, readers, head_dim).mean(1).exp().reshape(-1)
+        value = torch.log(value) if positive else value.clone()
+        if learned:
+            self.value = nn.Parameter(value)
+        else:
+            self.register_buffer("value", value)
+
+    def produced(self) -> Tensor:
+        """c over the outputs of what produces the input, [channels / readers]."""
+        return torch.exp(self.value) if self.positive else self.value
 
     def scale(self) -> Tensor:
-        """c, [channels]."""
-        return torch.exp(self.value) if self.positive else self.value
+        """c over the input, [channels]."""
+        produced = self.produced()
+        if self.readers == 1:
+            return produced
+        heads = produced.reshape(-1, 1, self.head_dim)
+        return heads.expand(-1, self.readers, -1).reshape(-1)
+
+
+class KeyScale(nn.Module):
+    """k → k·s, q → q/s after RoPE, which turns channels i and i + d/2 together: both share s.
+
+    So s commutes with RoPE and belongs in what comes before it, the rows of W_k and W_q or the
+    weights of a norm on keys and queries (OmniQuant, arXiv 2308.13137, equation 5).
+
+    Args:
+        heads: key-value heads, each with its own s; 1 where one s serves them all.
+        head_dim: even number of channels.
+        learned: False: s stays 1.
+    """
+
+    value: Tensor
+
+    def __init__(self, heads: int, head_dim: int, *, learned: bool = True) -> None:
+        super().__init__()
+        if head_dim % 2:
+            raise ValueError(f"KeyScale: head_dim={head_dim} must be even, RoPE turns pairs")
+        value = torch.zeros(heads, head_dim // 2)
+        if learned:
+            self.value = nn.Parameter(value)
+        else:
+            self.register_buffer("value", value)
+
+    def scale(self) -> Tensor:
+        """s, [heads, head_dim]."""
+        return torch.exp(torch.cat((self.value, self.value), dim=-1))
 
 
 def start_scale(
