@@ -15,8 +15,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
+from flatquant.analysis.command import Analyze, AnalyzeCalibration, EvaluateTasks
 from flatquant.demo import Demo
 
 
@@ -38,9 +37,15 @@ class Quantize:
     scheme: str = field(
         default="W4A4KV4", metadata={"help": "bit widths, e.g. W4A8KV4, W3A16-g128"}
     )
-    calibration: Path | None = field(default=None, metadata={"help": "text file to calibrate on"})
-    samples: int = field(default=128, metadata={"help": "random crops of the calibration text"})
-    seqlen: int = field(default=2048, metadata={"help": "tokens in a crop"})
+    calibration: Path | None = field(
+        default=None,
+        metadata={"help": "text to calibrate on: a file, a folder, or a name on the hub"},
+    )
+    preprocessing: str = field(
+        default="crops", metadata={"help": "how samples are made of it: crops, general, gptq, ..."}
+    )
+    samples: int = field(default=128, metadata={"help": "samples of the calibration text"})
+    seqlen: int = field(default=2048, metadata={"help": "tokens in a sample"})
     epochs: int | None = field(default=None, metadata={"help": "default: the recipe's"})
     seed: int = field(default=0, metadata={"help": "of the crops and the transforms"})
     weights: str | None = field(
@@ -60,9 +65,9 @@ class Quantize:
     def run(self) -> int:
         """Calibrate, replace the linears, save, and print the report."""
         import flatquant
+        from flatquant.data import Task, calibration_tokens, read_documents
         from flatquant.methods import resolve
         from flatquant.sources import load_model
-        from flatquant.text import tokenize_file
 
         _check_output(self.output, self.model)
         recipe = resolve(self.method, self.scheme)
@@ -76,8 +81,14 @@ class Quantize:
         model, tokenizer = load_model(self.model, self.dtype)
         samples = None
         if recipe.needs_data and self.calibration is not None:
-            ids = tokenize_file(tokenizer, self.calibration)
-            samples = flatquant.random_crops(ids, self.samples, self.seqlen, self.seed)
+            task = Task(
+                documents=read_documents(self.calibration),
+                tokenizer=tokenizer,
+                samples=self.samples,
+                seqlen=self.seqlen,
+                seed=self.seed,
+            )
+            samples = calibration_tokens(task, self.preprocessing)
         flatquant.quantize(
             model,
             recipe,
@@ -214,26 +225,80 @@ class Compare:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kernels:
-    """Which kernels are built, for what, and why others are not."""
+class Export:
+    """Write a quantized model in another program's format."""
 
-    json: bool = field(default=False, metadata={"help": "as JSON"})
+    model: Path = field(metadata={"help": "folder of a quantized model"})
+    format: str = field(
+        metadata={"help": "compressed-tensors, float (merged) or ascend", "option": True}
+    )
+    output: Path = field(metadata={"help": "folder to write", "option": True})
+    dtype: str = field(default="auto", metadata={"help": "float32, bfloat16 or auto"})
 
     def run(self) -> int:
-        """Print the build information."""
+        """Write the folder and say what its reader must know."""
+        from flatquant.export import export
+        from flatquant.sources import load_model
 
+        _check_output(self.output, self.model)
+        model, tokenizer = load_model(self.model, self.dtype)
+        for note in export(model, self.format, self.output, tokenizer):
+            print(f"note: {note}")
+        print(f"saved to {self.output}")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """One HTML page with figures, from the folder that an analysis has written."""
+
+    folder: Path = field(metadata={"help": "folder with analysis.json and its tables"})
+    output: Path | None = field(
+        default=None, metadata={"help": "file to write; default: report.html in the folder"}
+    )
+    pictures: Path | None = field(
+        default=None, metadata={"help": "folder for the figures as SVG files"}
+    )
+
+    def run(self) -> int:
+        """Write the page, and the pictures if they are wanted."""
+        from flatquant.report.html import write_page, write_pictures
+
+        path = write_page(self.folder, self.output)
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+        if self.pictures is not None:
+            made = write_pictures(self.folder, self.pictures)
+            print(f"{self.pictures}: {len(made)} SVG files")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """Which kernels are built, for what, and which scheme each processor runs fastest, and why."""
+
+    json: bool = field(default=False, metadata={"help": "as JSON"})
+    device: tuple[str, ...] = field(
+        default=(),
+        metadata={"help": 'advice for these: cpu, avx512, sm_90, "RTX 4090", ...; all: for all'},
+    )
+
+    def run(self) -> int:
+        """Print the build information and the advice, or only the advice on some devices."""
+        from flatquant.kernels import advise, as_text, here, targets
         from flatquant_cuda import build_info
-        from flatquant_cuda.__main__ import advice, describe
+        from flatquant_cuda.__main__ import describe
 
+        if self.device:
+            names = targets() if self.device == ("all",) else self.device
+            print(as_text([advise(name) for name in names]))
+            return 0
         info = build_info()
         if self.json:
             print(json.dumps(info, indent=2))
             return 0
-        print(describe(info))
-        print("\nBest scheme on this processor: W4A8KV4: it multiplies bytes, so A8 costs nothing")
-        for index in range(torch.cuda.device_count()):
-            best = advice(torch.cuda.get_device_capability(index))
-            print(f"Best scheme on {torch.cuda.get_device_name(index)}: {best}")
+        print(describe(info), end="\n\n")
+        found, others = here()
+        print("\n".join([as_text([advise(name) for name in found]), *others]))
         return 0
 
 
@@ -242,6 +307,11 @@ COMMANDS: dict[str, type[Command]] = {
     "eval": Evaluate,
     "generate": Generate,
     "compare": Compare,
+    "analyze": Analyze,
+    "analyze-calib": AnalyzeCalibration,
+    "eval-tasks": EvaluateTasks,
+    "report": Report,
+    "export": Export,
     "kernels": Kernels,
     "demo": Demo,
 }
@@ -308,7 +378,8 @@ def _add_option(parser: argparse.ArgumentParser, entry: Field[Any], hint: Any) -
         options["required"] = True
     else:
         options["default"] = entry.default
-        shown = " ".join(entry.default) if isinstance(entry.default, tuple) else entry.default
+        many = isinstance(entry.default, tuple)
+        shown = " ".join(map(str, entry.default)) if many else entry.default
         if shown is not None and shown is not False:
             options["help"] += f" (default: {shown})"
     parser.add_argument(flag, **options)

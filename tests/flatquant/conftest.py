@@ -19,6 +19,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from flatquant import CalibrationResult, Recipe, calibrate
 from flatquant.runtime.attention import KVQuantizer, activate
 
 _FAMILIES: dict[str, tuple[type, type]] = {
@@ -68,6 +69,18 @@ def build_tiny_model(
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
     return model
+
+
+TEXT = torch.randint(2, 128, (4, 12), generator=torch.Generator().manual_seed(5))
+"""Calibration text of the tiny models, int64 [4, 12]."""
+
+
+def calibrate_tiny(
+    model: PreTrainedModel, method: str | Recipe, **options: Any
+) -> CalibrationResult:
+    """`flatquant.calibrate` on `TEXT`, at the recipe's own scheme, or at W4A4KV4."""
+    scheme = method.scheme if isinstance(method, Recipe) else "W4A4KV4"
+    return calibrate(model, method, scheme, TEXT, progress=False, **options)
 
 
 @pytest.fixture(scope="session")

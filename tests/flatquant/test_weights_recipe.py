@@ -79,7 +79,7 @@ def test_linears_that_share_an_input_share_its_hessian(monkeypatch: pytest.Monke
             super().__init__()
             made.append(self)
 
-    monkeypatch.setattr("flatquant.pipeline.HessianCollector", Counted)
+    monkeypatch.setattr("flatquant.fit.hessians.HessianCollector", Counted)
     run("gptq")
     assert len(made) == 2 * 4
 

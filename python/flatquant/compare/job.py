@@ -19,8 +19,9 @@ from torch import Tensor
 
 from flatquant.capture import random_crops
 from flatquant.compare.agreement import AgreementMeter, Reference, capture
+from flatquant.deploy import replace_linear
 from flatquant.evaluate import measure_speed, perplexity
-from flatquant.pipeline import calibrate, replace_linear
+from flatquant.pipeline import calibrate
 from flatquant.report import report
 from flatquant.report.size import bits_per_weight
 from flatquant.sources import load_model

@@ -60,9 +60,9 @@ PAPERS: dict[str, PaperTable] = {
             "spinquant": ("W4A4KV4", "SpinQuant-RTN", (6.14, 5.44, 3.82, 7.96, 7.58)),
             "flatquant": ("W4A4KV4", "FlatQuant-RTN", (5.79, 5.12, 3.55, 6.98, 3.78)),
             "quik": ("W4A4KV4", "QUIK-4B", (8.87, 7.78, 6.91, None, None)),
-            "quarot+gptq": ("W4A4KV4", "QuaRot-GPTQ", (6.10, 5.40, 3.79, 8.16, 6.60)),
-            "spinquant+gptq": ("W4A4KV4", "SpinQuant-GPTQ", (5.96, 5.24, 3.70, 7.39, 6.21)),
-            "flatquant+gptq": ("W4A4KV4", "FlatQuant-GPTQ", (5.78, 5.11, 3.54, 6.90, 3.77)),
+            "quarot-gptq": ("W4A4KV4", "QuaRot-GPTQ", (6.10, 5.40, 3.79, 8.16, 6.60)),
+            "spinquant-gptq": ("W4A4KV4", "SpinQuant-GPTQ", (5.96, 5.24, 3.70, 7.39, 6.21)),
+            "flatquant-gptq": ("W4A4KV4", "FlatQuant-GPTQ", (5.78, 5.11, 3.54, 6.90, 3.77)),
         },
     ),
     "flatquant-ablation": PaperTable(
@@ -91,7 +91,7 @@ PAPERS: dict[str, PaperTable] = {
             "awq": ("W4A16", "AWQ", (7.10, 10.10, 12.8, 16.8)),
             "quip": ("W4A16", "QuIP", (6.50, 11.10, 7.50, 11.30)),
             "flatquant": ("W4A16", "FlatQuant-RTN", (6.54, 10.17, 7.78, 12.64)),
-            "flatquant+gptq": ("W4A16", "FlatQuant-GPTQ", (6.48, 10.28, 7.52, 12.91)),
+            "flatquant-gptq": ("W4A16", "FlatQuant-GPTQ", (6.48, 10.28, 7.52, 12.91)),
         },
     ),
 }

@@ -48,6 +48,8 @@ def to_ascend(model: Any, folder: Path, tokenizer: Any = None) -> list[str]:
         plain.activations,
     ):
         raise ValueError(f"ascend: {KIND} layers are W4A4 with symmetric activations, not {scheme}")
+    if model.flatquant_plan.kept:
+        raise ValueError("ascend: the loader knows no columns in floating point")
     linears = quantized_linears(model)
     tensors = plain_tensors(model)
     widest = 0.0

@@ -46,6 +46,8 @@ def to_compressed_tensors(model: Any, folder: Path, tokenizer: Any = None) -> li
         raise ValueError(f"compressed-tensors: scheme {scheme} leaves the weights in 16 bits")
     if scheme.overrides:
         raise ValueError(f"compressed-tensors: scheme {scheme} differs between layers")
+    if model.flatquant_plan.kept:
+        raise ValueError("compressed-tensors: the format has no columns in floating point")
     kinds = (scheme.w_format, scheme.a_format)
     if kinds != (INTEGER, INTEGER) or scheme.a_static or scheme.a_group or scheme.w_tensor:
         raise ValueError(

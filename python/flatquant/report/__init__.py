@@ -76,14 +76,17 @@ def report(model: nn.Module) -> QuantizationReport:
             )
             linears.append(LinearReport(name=name, kernel=module.kernel, backend=native))
             ops[module.kernel] = native
-            quantizer = "kronecker_quantize" if module.a_bits < 16 else "kronecker"
-            if module.a_bits < 16 or module.spec.left or module.spec.right:
+            quantizer = "kronecker_quantize" if module.spec.to_codes else "kronecker"
+            if module.spec.to_codes or module.spec.left or module.spec.right:
                 ops[quantizer] = fq.backend(quantizer, device)
         elif isinstance(module, nn.Linear):
             left_alone[name] = _why(model, name, plan)
         elif isinstance(module, KVQuantizer):
-            used = ["kv_quantize_append", "kv_dequantize", "attention_decode"]
-            used += ["kronecker"] if module.q_trans is not None else []
+            used = ["kronecker"] if module.q_trans is not None else []
+            if module.simulated:
+                ops["simulated"] = "reference"
+            else:
+                used += ["kv_quantize_append", "kv_dequantize", "attention_decode"]
             ops.update({op: fq.backend(op, device) for op in used})
     return QuantizationReport(
         scheme=None if plan is None else str(plan.scheme),
@@ -109,7 +112,7 @@ def _why(model: nn.Module, name: str, plan: QuantizationPlan | None) -> str:
     for block in block_names(model, family):
         for group in family.groups:
             if name in [f"{block}.{member}" for member in group.linears]:
-                if not plan.scheme.quantizes_linears:
+                if not plan.scheme_of(name).quantizes_linears:
                     return f"scheme {plan.scheme} does not quantize linears"
                 if group.site is Site.ATTN_IN or len(group.linears) > 1:
                     return "shares its input with a linear that is listed in ignore"

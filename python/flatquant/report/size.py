@@ -7,7 +7,7 @@ from torch import nn
 from flatquant.runtime.linear import QuantizedLinear
 
 #: Buffers of a quantized linear or norm that stand for its weights, besides the codes.
-_SIDE = ("weight_scale", "weight_zero", "weight_colsum", "left_trans", "right_trans")
+_SIDE = ("weight_scale", "weight_zero", "weight_colsum", "kept_weight", "left_trans", "right_trans")
 
 
 def bits_per_weight(model: nn.Module) -> float:
