@@ -147,9 +147,8 @@ def test_what_is_ignored_keeps_its_weights() -> None:
 
 def test_runs_resume(tmp_path: Path) -> None:
     arguments = ("wanda", "W4A16", CALIBRATION)
-    first = flatquant.calibrate(
-        build_tiny_model("llama"), *arguments, work_dir=tmp_path, progress=False
-    )
+    first = flatquant.calibrate(build_tiny_model("llama"), *arguments, progress=False)
+    flatquant.calibrate(build_tiny_model("llama"), *arguments, work_dir=tmp_path, progress=False)
     (tmp_path / "block-00001.safetensors").unlink()
     again = flatquant.calibrate(
         build_tiny_model("llama"), *arguments, work_dir=tmp_path, resume=True, progress=False

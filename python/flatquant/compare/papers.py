@@ -40,7 +40,7 @@ class PaperTable:
 
 _FLATQUANT = "FlatQuant, arXiv 2410.09426"
 _DIFFERS = (
-    "published: LLaMA models, 128 samples of 2048 tokens of WikiText-2's training text, sequence "
+    "Published: LLaMA models, 128 samples of 2048 tokens of WikiText-2's training text, sequence "
     "length 2048"
 )
 _MODELS = ("2-7B", "2-13B", "2-70B", "3-8B", "3-70B")
@@ -123,7 +123,7 @@ def beside(table: PaperTable, rows: Sequence[Row], what: Comparison) -> str:
             "",
             *lines,
             "",
-            f"They differ. {table.differs.capitalize()}. Ours: {what.model.name}, {protocol} of "
+            f"They differ. {table.differs}. Ours: {what.model.name}, {protocol} of "
             f"{what.calibration.name if what.calibration else 'no text'}, {windows}windows of "
             f"{what.window} tokens. Only the order of the methods can be compared.",
         ]
