@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flatquant_cuda import head as native_head
 from flatquant_cuda import library, ops
 from flatquant_cuda.decoder import Sizes
 
@@ -56,6 +57,9 @@ def edges(every: bool) -> Iterator[Case]:
                 kinds = ("causal", "additive", None) if tq <= length else ("additive",)
                 options = {"k_bits": k_bits, "v_bits": v_bits, "mask": kinds[length % len(kinds)]}
                 yield Case("attention_decode", (1, 4, 2, tq, d, length), options)
+        # so long that threads share the chunks of a head
+        options = {"k_bits": 4, "v_bits": 4, "mask": "causal"}
+        yield Case("attention_decode", (1, 2, 1, 1, d, 1100), options)
     for k in ks:
         yield Case("quantize_activation", (3, k), {"symmetric": False})
         yield Case("kronecker_quantize", (2, 3, k), {"gate": True, "rms_eps": 1e-5, "clip": True})
@@ -76,6 +80,16 @@ def rows(every: bool) -> Iterator[tuple[str, Callable[[], None]]]:
         sizes = dataclasses.replace(SIZES, **widths)
         for dtype in dtypes if every else dtypes[1:2]:
             yield f"decoder_stack-{widths}-{dtype}", lambda s=sizes, t=dtype: decode(s, t)
+    for m, n, k in product((1, 4), (1, 16, 33), (1, 31, 32, 97)):
+        yield f"head-{m}x{n}x{k}", lambda shape=(m, n, k): run_head(*shape)
+
+
+def run_head(m: int, n: int, k: int) -> None:
+    """Run the output head on tensors of their own."""
+    with guarded():
+        x, w = (torch.randn(rows, k).bfloat16() for rows in (m, n))
+        out = native_head.head(x, w, torch.randn(n).bfloat16())
+    assert bool(out.isfinite().all())
 
 
 def decode(sizes: Sizes, dtype: torch.dtype) -> None:
