@@ -295,7 +295,8 @@ struct FloatKernel {
     const auto multiply_part = [&](int64_t line, int64_t j, int64_t turn) {
       const uint8_t* const w = lines_of(line) + j * kHalf * kRowStep;
       with(turn, [&](auto of_turn) {
-        constexpr int kSums = 2 * decltype(of_turn)::value;
+        // turn is 0 or 1; `with` instantiates more, whose tiles must exist too
+        constexpr int kSums = decltype(of_turn)::value % 2 * 2;
         load_tile<6>(few_row(work, tile, group, line, j), rows * 4);
         load_tile<4>(w, kRowStep);
         multiply_bf16<kSums, 4, 6>();
